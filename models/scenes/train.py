@@ -1,0 +1,144 @@
+"""``python -m hasten.models.scenes.train unet|dit``: train a bundled model, resumable at any step.
+
+The UNet predicts v on the squared-cosine schedule (Salimans & Ho, 2202.00512; Nichol & Dhariwal, 2102.09672). The DiT predicts
+the rectified-flow velocity ``noise - image`` at logit-normal times (Esser et al., 2403.03206). Both keep an exponential moving
+average of the weights, which is what is saved, in float16, and drop the label for one picture in ten so that classifier-free
+guidance works. Every batch is a function of its step number alone, so a run that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from hasten.models.scenes.data import NULL_CLASS, render
+
+HERE = Path(__file__).parent
+LABEL_DROP = 0.1
+
+
+def network(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The untrained diffusers module of ``models/scenes/<name>.json`` and that file's content."""
+    import diffusers
+
+    spec = json.loads((HERE / f"{name}.json").read_text())
+    torch.manual_seed(0)
+    return getattr(diffusers, spec["class"])(**spec["config"]), spec
+
+
+def squared_cosine_alpha_bar(count: int = 1000, cap: float = 0.999) -> torch.Tensor:
+    """``alpha_bar`` of diffusers' ``squaredcos_cap_v2``, (count,) float64."""
+
+    def bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - bar((i + 1) / count) / bar(i / count), cap) for i in range(count)]
+    return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
+
+
+def loss_at(model: torch.nn.Module, spec: dict[str, Any], step: int, batch: int) -> torch.Tensor:
+    """The training loss on batch number ``step``: a function of the weights and that number only."""
+    rng = torch.Generator().manual_seed(step)
+    scenes = render(batch, seed=1_000_000 + step)
+    image = F.pixel_unshuffle(torch.from_numpy(scenes.images), spec["unshuffle"])
+    dropped = torch.rand(batch, generator=rng) < LABEL_DROP
+    label = torch.where(dropped, NULL_CLASS, torch.from_numpy(scenes.labels))
+    noise = torch.randn(image.shape, generator=rng)
+    if spec["objective"] == "v_prediction":
+        time = torch.randint(0, 1000, (batch,), generator=rng)
+        bar = squared_cosine_alpha_bar().float()[time][:, None, None, None]
+        noisy, target = bar.sqrt() * image + (1 - bar).sqrt() * noise, bar.sqrt() * noise - (1 - bar).sqrt() * image
+    else:
+        sigma = torch.sigmoid(torch.randn(batch, generator=rng))
+        time, sigma = sigma * 1000, sigma[:, None, None, None]
+        noisy, target = (1 - sigma) * image + sigma * noise, noise - image
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(noisy, time, class_labels=label).sample
+    return F.mse_loss(output.float(), target)
+
+
+def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: int) -> Path:
+    """Train to ``steps`` steps, going on from ``run/<name>.pt`` where there is one; return the saved weights' path."""
+    torch.set_num_threads(threads)
+    model, spec = network(name)
+    model.eval()  # neither model has dropout; in training mode DiT would drop labels a second time
+    mean = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99))
+    done, curve, state = 0, [], run / f"{name}.pt"
+    run.mkdir(parents=True, exist_ok=True)
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        mean, done, curve = saved["mean"], saved["step"], saved["curve"]
+    recent: list[float] = []
+    for step in range(done, steps):
+        warm = min(1.0, (step + 1) / 200)
+        optimizer.param_groups[0]["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        loss = loss_at(model, spec, step, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                mean[key].lerp_(value, 1 - decay)
+        recent.append(loss.item())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            curve.append([step + 1, float(np.mean(recent))])
+            recent = []
+            print(f"{name} step {step + 1}/{steps} loss {curve[-1][1]:.4f}", file=sys.stderr, flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            part = state.with_suffix(".part")
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "mean": mean,
+                    "step": step + 1,
+                    "curve": curve,
+                },
+                part,
+            )
+            os.replace(part, state)
+    return _write(name, mean, curve)
+
+
+def _write(name: str, mean: dict[str, torch.Tensor], curve: list[list[float]]) -> Path:
+    half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in mean.items()}
+    weights = HERE / f"{name}.safetensors"
+    save_file(half, weights.with_suffix(".part"))
+    os.replace(weights.with_suffix(".part"), weights)
+    with (HERE / f"{name}_loss.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["step", "loss"], *curve])
+    return weights
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hasten.models.scenes.train", description=__doc__)
+    parser.add_argument("model", choices=["unet", "dit"])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--run", type=Path, default=Path("runs/scenes"), help="where checkpoints go")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    weights = train(args.model, args.steps, args.batch, args.rate, args.run, args.threads)
+    print(weights)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

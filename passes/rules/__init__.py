@@ -1,0 +1,1 @@
+"""Rules: declarations only, one computation a file."""

@@ -1,0 +1,1 @@
+"""Solvers: float64 coefficient tables and one step function."""

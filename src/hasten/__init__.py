@@ -1,0 +1,43 @@
+"""hasten: a compiler that makes diffusion models faster by rewriting their graphs.
+
+Public names are resolved on first use: ``import hasten`` imports neither torch nor onnx.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hasten.backends.build import build as build
+    from hasten.backends.engine import Engine as Engine
+    from hasten.backends.engine import load as load
+    from hasten.backends.optimize import optimize as optimize
+    from hasten.backends.optimize import optimize_onnx as optimize_onnx
+    from hasten.backends.target import Target as Target
+    from hasten.errors import HastenError as HastenError
+    from hasten.passes.rule import Report as Report
+    from hasten.passes.rule import Rule as Rule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "hasten.backends.engine",
+    "HastenError": "hasten.errors",
+    "Report": "hasten.passes.rule",
+    "Rule": "hasten.passes.rule",
+    "Target": "hasten.backends.target",
+    "build": "hasten.backends.build",
+    "load": "hasten.backends.engine",
+    "optimize": "hasten.backends.optimize",
+    "optimize_onnx": "hasten.backends.optimize",
+}
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
