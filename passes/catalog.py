@@ -1,0 +1,46 @@
+"""The one list of passes, and the default pipeline of each kind of graph: the order of the compiler on one screen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+PASSES = {
+    "canonical": "hasten.passes.onnx.canonical:CANONICAL",
+    "gelu": "hasten.passes.rules.gelu:GELU",
+    "geglu": "hasten.passes.rules.geglu:GEGLU",
+    "attention": "hasten.passes.rules.attention:ATTENTION",
+    "group-norm-act": "hasten.passes.rules.group_norm_act:GROUP_NORM_ACT",
+    "upsample-conv": "hasten.passes.rules.upsample_conv:UPSAMPLE_CONV",
+    "legalise": "hasten.passes.onnx.legalise:LEGALISE",
+}
+
+# Each line stands where it does for the reason beside it.
+FX = (
+    "gelu",  # first: GroupNorm+GELU and GEGLU look for one gelu node, not for its erf or tanh chain
+    "geglu",  # before attention, so that a gate is never taken for a scale
+    "attention",  # before the norms: q and k norms end at attention's operands
+    "group-norm-act",  # takes the activation behind it, which nothing else claims
+    "upsample-conv",  # last: looks at convolutions only
+)
+ONNX = (
+    "canonical",  # exporters' spellings of shapes and constants -> one form, so that the rules see constants
+    *FX,
+    "legalise",  # last: what the target cannot run, or runs slower than its own spelling, is lowered
+)
+
+
+def names() -> list[str]:
+    """Every pass name, in catalog order."""
+    return list(PASSES)
+
+
+def load(name: str) -> Any:
+    """The `Rule` or graph pass called ``name``."""
+    module, _, attribute = PASSES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def default(ir: str) -> tuple[str, ...]:
+    """Names of the passes that run on ``fx`` or ``onnx`` graphs unless told otherwise."""
+    return {"fx": FX, "onnx": ONNX}[ir]
