@@ -1,0 +1,138 @@
+"""One ONNX graph in the neutral vocabulary. Values are tensor names; `passes.onnx.tables` holds the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from hasten.errors import HastenError
+from hasten.passes.onnx import folding, tables, types
+from hasten.passes.onnx.element import name_of
+from hasten.passes.pattern import Attr, Dim, OpView
+
+if TYPE_CHECKING:
+    from hasten.passes.onnx.graph import OnnxGraph, Scope
+
+
+class OnnxView:
+    """A scope of an `OnnxGraph`. Values of outer graphs can be read, but what makes them is not looked into."""
+
+    def __init__(self, owner: OnnxGraph, scope: Scope) -> None:
+        self.owner, self.scope, self.rule = owner, scope, ""
+        self.opset = owner.opset
+        self._tensors: dict[str, Any] = {}
+        for around in reversed(scope.chain()):
+            self._add(around.graph.inputs)
+            for node in around.graph.nodes:
+                self._add(node.inputs)
+                self._add(node.outputs)
+            self._add(around.graph.outputs)
+        self._own = {t.name for n in scope.graph.nodes for t in n.outputs}
+        self._read: dict[str, OpView[str] | None] = {}
+        self._folded: dict[str, npt.NDArray[Any] | None] = {}
+
+    def _add(self, tensors: Iterable[Any]) -> None:
+        self._tensors.update((t.name, t) for t in tensors if t.name)
+
+    # Reading
+
+    def tensor(self, value: str) -> Any:
+        """The graphsurgeon tensor called ``value``."""
+        return self._tensors[value]
+
+    def node(self, value: str) -> Any:
+        """The node of this scope that makes ``value``; None for inputs, constants, outer values and what is gone."""
+        if value not in self._own:
+            return None
+        made_by = self._tensors[value].inputs
+        return made_by[0] if made_by and id(made_by[0]) not in self.owner.dead else None
+
+    def values(self) -> Iterable[str]:
+        self.scope.flush()
+        skipped = self.owner.dead | self.owner.tentative
+        return [t.name for n in self.scope.graph.nodes if id(n) not in skipped for t in n.outputs if t.name]
+
+    def op(self, value: str, /) -> OpView[str] | None:
+        if value not in self._read or self.node(value) is None:
+            self._read[value] = tables.read(self, value)
+        return self._read[value]
+
+    def describe(self, value: str, /) -> str:
+        tensor = self._tensors[value]
+        if isinstance(tensor, gs.Constant):
+            return "an initializer"
+        if not tensor.inputs:
+            return "an input"
+        node = tensor.inputs[0]
+        domain = node.domain or ""
+        return f"{domain}.{node.op}" if domain not in ("", "ai.onnx") else str(node.op)
+
+    def constant(self, value: str, /) -> npt.NDArray[Any] | None:
+        if value not in self._folded:
+            self._folded[value] = folding.evaluate(self, value)
+        return self._folded[value]
+
+    def shape(self, value: str, /) -> tuple[Dim, ...] | None:
+        tensor = self._tensors[value]
+        if tensor.shape is None:
+            return None
+        return tuple(
+            int(d) if isinstance(d, (int, np.integer)) else d or f"{value}:{axis}"
+            for axis, d in enumerate(tensor.shape)
+        )
+
+    def dtype(self, value: str, /) -> str | None:
+        data_type = types.onnx_dtype(self._tensors[value])
+        return name_of(data_type) if data_type else None
+
+    def uses(self, value: str, /) -> int:
+        return self.owner.uses(self._tensors[value])
+
+    def obstacle(self, first: Iterable[str], root: str, /) -> str | None:
+        """Nothing in ONNX changes a tensor in place."""
+        return None
+
+    def where(self, value: str, /) -> str:
+        """The name of the node that makes ``value`` (else the value's), after the path of the graphs it stands in."""
+        node = self.node(value)
+        name = node.name if node is not None and node.name else value
+        return f"{self.scope.path}/{name}" if self.scope.path else str(name)
+
+    # Writing
+
+    def emit(self, name: str, inputs: list[str | None], attrs: Mapping[str, Attr], *, at: str) -> str:
+        if name not in tables.WRITE:
+            raise HastenError(f"the ONNX view cannot emit neutral operator {name!r}")
+        return tables.WRITE[name](self, inputs, dict(attrs), at)
+
+    def node_at(
+        self,
+        op: str,
+        inputs: list[str | None],
+        attrs: Mapping[str, Any],
+        *,
+        at: str,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> str:
+        """A new ONNX node before the one that makes ``at``; returns the name of its first output."""
+        operands = [None if i is None else self._tensors[i] for i in inputs]
+        place = self.node(at)
+        node = self.owner.new_node(
+            self.scope, op, operands, outputs, attrs, domain=domain, at=place, rule=self.rule, base=at
+        )
+        self._add(node.outputs)
+        self._own.update(t.name for t in node.outputs)
+        return str(node.outputs[0].name)
+
+    def emit_constant(self, content: npt.NDArray[Any], *, at: str) -> str:
+        tensor = self.owner.new_constant(content, f"{at}_constant")
+        self._add([tensor])
+        return str(tensor.name)
+
+    def substitute(self, old: str, new: str) -> None:
+        self.owner.substitute(self._tensors[old], self._tensors[new])
