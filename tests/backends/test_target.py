@@ -94,8 +94,8 @@ def test_attention_cannot_stand_in_control_flow_for_tensorrt_only():
     refused = {t for t in EVERY_TARGET if supports("Attention", "float16", t, in_control_flow=True)}
     assert refused == {t for t in EVERY_TARGET if t.startswith("tensorrt")} | {"torch-tensorrt"}
     assert supports("Attention", "float16", "tensorrt-rtx:sm89", in_control_flow=True) == (
-        "TensorRT's attention layer cannot stand inside If, Loop or Scan; spell it out as MatMul, Softmax, MatMul, which "
-        "is fused into the same kernel"
+        "TensorRT's attention layer cannot stand inside If, Loop or Scan; spell it out as MatMul, Softmax, MatMul, "
+        "which is fused into the same kernel"
     )
     assert supports("Attention", "float32", "tensorrt-rtx:sm89") is None
 

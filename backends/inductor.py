@@ -1,0 +1,132 @@
+"""AOTInductor packages: one ``.pt2`` file of compiled kernels and weights, the embedded default on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.backends.manifest import Manifest
+from hasten.backends.target import parse_target
+from hasten.errors import HastenError, MissingPackageError, UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+ARTIFACT = "model.pt2"
+
+
+def have_cxx_compiler() -> bool:
+    """Whether the C++ compiler that Inductor would call is there (``$CXX``, else g++; cl on Windows)."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return False
+    return True
+
+
+def require_cxx_compiler(target: str) -> None:
+    """Raise `MissingPackageError` with the install command unless `have_cxx_compiler`."""
+    if not have_cxx_compiler():
+        asked = os.environ.get("CXX", "g++")
+        raise MissingPackageError(
+            f"target {target} compiles C++ and {asked!r} was not found: apt install g++, or set CXX to a C++17 "
+            "compiler; onnxruntime:cpu needs none"
+        )
+
+
+def package(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    dynamic_shapes: Any,
+    device: str,
+    out_dir: Path,
+    options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Export ``module`` (flat: tensors in, tuple of tensors out), compile it, write ``model.pt2`` into ``out_dir``.
+
+    ``dynamic_shapes`` is as `torch.export.export` takes it; ``options`` are Inductor's. The package holds its weights
+    and needs torch at the same version, but neither Python code nor a compiler, to run. Returns the file names.
+    """
+    import torch
+    from torch._inductor import aoti_compile_and_package
+
+    require_cxx_compiler(f"aoti:{device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HastenError("target aoti:cuda compiles on an NVIDIA GPU, and torch finds none here; build it on one")
+    _check_options(options or {})
+    with torch.no_grad():
+        program = torch.export.export(module, tuple(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
+        try:
+            aoti_compile_and_package(
+                program, package_path=str(out_dir / ARTIFACT), inductor_configs=dict(options or {})
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise HastenError(f"AOTInductor failed to compile for {device}: {first}") from error
+    return [ARTIFACT]
+
+
+def runtime_versions() -> dict[str, str]:
+    """Find what a package depends on: torch, and the vector instructions of this CPU."""
+    import torch
+
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+class PackageRunner:
+    """Runs a package. Refuses one built by another torch version or for vector instructions this CPU lacks."""
+
+    def __init__(self, artifact: Path, manifest: Manifest) -> None:
+        import torch
+        from torch._inductor import aoti_load_package
+
+        built, here = manifest.versions.get("torch", "?"), torch.__version__
+        if _release(built) != _release(here):
+            raise HastenError(
+                f"engine '{artifact.parent}': built with torch {built}, and this is torch {here}: build it again"
+            )
+        built, here = manifest.versions.get("cpu", "DEFAULT"), torch.backends.cpu.get_cpu_capability()
+        if manifest.target == "aoti:cpu" and _VECTORS.get(built, 0) > _VECTORS.get(here, 0):
+            raise HastenError(
+                f"engine '{artifact.parent}': compiled for {built}, and this CPU has {here}: build it on this machine"
+            )
+        self._model = aoti_load_package(str(artifact))
+        self._device = parse_target(manifest.target).device
+
+    def run_torch(self, inputs: list[torch.Tensor], /) -> list[torch.Tensor]:
+        import torch
+
+        with torch.no_grad():
+            outputs = self._model(*inputs)
+        return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+    def run_numpy(self, inputs: list[npt.NDArray[Any]], /) -> list[npt.NDArray[Any]]:
+        import torch
+
+        # torch warns of arrays that cannot be written to, though the engine only reads them
+        ready = [torch.from_numpy(a if a.flags.writeable else np.array(a)).to(self._device) for a in inputs]
+        return [t.cpu().numpy() for t in self.run_torch(ready)]
+
+
+_VECTORS = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+
+
+def _release(version: str) -> list[str]:
+    return version.partition("+")[0].split(".")[:2]
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from torch._inductor import list_options
+
+    known = list_options()
+    for name in options:
+        if name not in known:
+            raise UsageError(f"Inductor has no option {name!r}.{nearest(name, known)}")
