@@ -1,7 +1,8 @@
 """Bodies of the fused operators of domain ``hasten``, in standard operators of the model's own opset.
 
-A body is made for one set of attributes, operands and element types, so it holds no branch. A model with several of them
-for one operator tells them apart by ``overload``. Bodies compute in float32 (float64 for float64) whatever the element type.
+A body is made for one set of attributes, operands and element types, so it holds no branch. A model with several of
+them for one operator tells them apart by ``overload``. Bodies compute in float32 (float64 for float64) whatever the
+element type.
 """
 
 from __future__ import annotations

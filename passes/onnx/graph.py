@@ -1,8 +1,8 @@
 """An ONNX model under rewriting: onnx-graphsurgeon's nodes and tensors, and all of the file that those do not keep.
 
 onnx-graphsurgeon drops node metadata, doc strings, rare attribute kinds, function overloads and model metadata. Every
-node therefore keeps the `onnx.NodeProto` it was read from as its template, and `OnnxGraph.to_model` writes templates with
-the node's present operands. Rewriting never edits a node's attributes: it makes new nodes.
+node therefore keeps the `onnx.NodeProto` it was read from as its template, and `OnnxGraph.to_model` writes templates
+with the node's present operands. Rewriting never edits a node's attributes: it makes new nodes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class OnnxGraph:
     # Back to a file
 
     def to_model(self, *, strip: bool = False, infos: bool = True) -> onnx.ModelProto:
-        """The model as a proto; ``strip``: large constants become graph inputs; ``infos``: with inferred value infos."""
+        """The model as a proto. ``strip``: large constants become inputs; ``infos``: with inferred value infos."""
         return export.write(self, strip=strip, infos=infos)
 
     # Editing

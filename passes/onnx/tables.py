@@ -1,7 +1,7 @@
 """Which ONNX operator is which neutral operator, and what stands for a neutral operator: two tables.
 
-A reader returns None to leave a node unknown: what it cannot be sure of (an unknown rank, an axis given by a tensor that
-is not constant) is no operator of the vocabulary.
+A reader returns None to leave a node unknown: what it cannot be sure of (an unknown rank, an axis given by a tensor
+that is not constant) is no operator of the vocabulary.
 """
 
 from __future__ import annotations
