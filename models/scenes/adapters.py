@@ -1,0 +1,79 @@
+"""`scenes-unet` and `scenes-dit`: the two bundled models, with trained weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hasten.errors import HastenError, UsageError
+from hasten.models.adapter import Adapter
+from hasten.models.dit import DIT
+from hasten.models.family import Family
+from hasten.models.unet import CLASS
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A trained model: its family, and the stem of its configuration and weights in this folder."""
+
+    stem: str
+    family: Family
+    description: str
+    expected: dict[str, int]
+
+
+MODELS = {
+    "scenes-unet": Bundled(
+        "unet",
+        CLASS,
+        "class-conditional UNet of 32 x 32 scenes, v-prediction",
+        {"group-norm-act": 21, "group-norm-act.silu": 17, "attention": 4, "upsample-conv": 1},
+    ),
+    "scenes-dit": Bundled(
+        "dit", DIT, "class-conditional transformer of 32 x 32 scenes, rectified flow", {"attention": 6}
+    ),
+}
+
+
+def specification(name: str) -> dict[str, Any]:
+    """Read a bundled model's class, configuration, objective, schedule and pixel-unshuffle factor."""
+    return json.loads((FOLDER / f"{MODELS[name].stem}.json").read_text())
+
+
+def adapter(name: str, *, reduced: bool = False, processor: str = "sdpa") -> Adapter:
+    """Describe a bundled model; its weights are read when the module is built."""
+    if reduced:
+        raise UsageError(f"{name} is small already; there is no reduced form of it")
+    model, spec = MODELS[name], specification(name)
+    return model.family.describe(
+        name=name,
+        description=model.description,
+        config=spec["config"],
+        sizes=model.family.sizes,
+        expected=model.expected,
+        trained=True,
+        processor=processor,
+        make=lambda: load(name),
+    )
+
+
+def load(name: str) -> nn.Module:
+    """Build the diffusers model with its bundled weights (the mean of the training, float16) in float32."""
+    from safetensors.torch import load_file
+
+    model = MODELS[name]
+    path = FOLDER / f"{model.stem}.safetensors"
+    if not path.is_file():
+        raise HastenError(
+            f"{name} has no weights: {path} is missing; "
+            f"train it with `python -m hasten.models.scenes.train {model.stem}`"
+        )
+    module = model.family.model_class()(**specification(name)["config"])
+    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    return module
