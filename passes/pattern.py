@@ -1,15 +1,16 @@
 """Patterns over a neutral operator vocabulary, and the one matcher that every graph shares.
 
-A rule names operators such as ``group_norm`` or ``sigmoid``; a `GraphView` tells the matcher which node of an FX or ONNX
-graph is which of those. Nothing here imports torch or onnx.
+A rule names operators such as ``group_norm`` or ``sigmoid``; a `GraphView` tells the matcher which node of an FX or
+ONNX graph is which of those. Nothing here imports torch or onnx.
 
-The vocabulary (operands; attributes): ``add sub mul div pow`` (two operands), ``neg exp erf tanh sqrt rsqrt sigmoid silu``,
-``gelu`` (approximate), ``softmax`` (axis), ``cast`` (to), ``identity``, ``matmul``, ``baddbmm`` (beta, alpha), ``einsum``
-(equation), ``sdpa`` (scale, causal, gqa), ``group_norm`` (x, weight?, bias?; groups, eps), ``instance_norm`` (x, weight?,
-bias?; eps), ``mean var sum max`` (axes, keepdims; var: correction), ``reshape`` (x), ``transpose`` (perm), ``expand``,
-``repeat`` (axis, times), ``part`` (axis, index, parts), ``where`` (condition, a, b), ``masked_fill`` (x, mask, value),
-``conv2d`` (x, weight, bias?; stride, padding, dilation, groups), ``upsample_nearest`` (scale), ``pad`` (pads, value).
-Axes are never negative in a view's answer.
+The vocabulary (operands; attributes): ``add sub mul div pow`` (two operands), ``neg exp erf tanh sqrt rsqrt sigmoid
+silu``, ``gelu`` (approximate), ``softmax`` (axis), ``cast`` (to), ``identity``, ``matmul``, ``baddbmm`` (beta,
+alpha), ``einsum`` (equation), ``sdpa`` (scale, causal, gqa), ``group_norm`` (x, weight?, bias?; groups, eps),
+``instance_norm`` (x, weight?, bias?; eps), ``mean var sum max`` (axes, keepdims; var: correction), ``reshape`` (x),
+``transpose`` (perm), ``expand``, ``repeat`` (axis, times), ``part`` (axis, index, parts), ``where`` (condition, a,
+b), ``masked_fill`` (x, mask, value), ``conv2d`` (x, weight, bias?; stride, padding, dilation, groups),
+``upsample_nearest`` (scale), ``pad`` (pads, value),
+``filled`` (a tensor of one number, shaped like x), ``any eq logical_not logical_and logical_or``. Axes are never negative in a view's answer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 V = TypeVar("V", bound=Hashable)
@@ -42,7 +42,12 @@ class OpView(Generic[V]):
 
 
 class GraphView(Protocol[V]):
-    """What the matcher and the rules need of a graph. `passes.fx.view` and `passes.onnx.view` implement it."""
+    """What the matcher and the rules need of a graph. `passes.fx.view` and `passes.onnx.view` implement it.
+
+    ``rule`` is the name of the rule at work; every node emitted meanwhile carries it.
+    """
+
+    rule: str
 
     def values(self) -> Iterable[V]:
         """Every value that a node makes, producers before users."""
@@ -60,10 +65,13 @@ class GraphView(Protocol[V]):
         """Sizes; None where the rank is unknown."""
 
     def dtype(self, value: V, /) -> str | None:
-        """numpy's name of the element type, or ``bfloat16``."""
+        """Numpy's name of the element type, or ``bfloat16``."""
 
     def uses(self, value: V, /) -> int:
         """How many operand slots (and graph outputs) read ``value``."""
+
+    def obstacle(self, first: Iterable[V], root: V, /) -> str | None:
+        """Why the values ``first`` cannot be computed at ``root`` instead: something between changes a tensor in place."""
 
     def where(self, value: V, /) -> str:
         """A name that a user can find again."""
@@ -74,8 +82,14 @@ class GraphView(Protocol[V]):
     def emit_constant(self, content: npt.NDArray[Any], *, at: V) -> V:
         """A new constant."""
 
+    def number(self, number: float, *, like: V, at: V) -> V:
+        """A scalar operand of ``like``'s element type."""
+
     def substitute(self, old: V, new: V) -> None:
         """Let every user of ``old`` read ``new`` instead."""
+
+    def discard(self) -> None:
+        """Remove what was emitted since the last substitution: the replacement did not verify."""
 
 
 @dataclass
@@ -152,11 +166,11 @@ def through(view: GraphView[V], value: V) -> V:
     return value
 
 
-def scalar(view: GraphView[V], value: V | None) -> float | None:
-    """The number that every element of a constant equals, or None."""
+def scalar(view: GraphView[V], value: V | None, *, filled: bool = False) -> float | None:
+    """The number that a one-element constant holds, or None. ``filled`` also takes a tensor of equal elements."""
     if value is None or (content := view.constant(value)) is None or content.size == 0:
         return None
-    if content.dtype.kind not in "fiub":
+    if content.dtype.kind not in "fiub" or not (content.size == 1 or filled):
         return None
     first = content.reshape(-1)[0]
     return float(first) if content.size == 1 or bool((content == first).all()) else None
@@ -176,7 +190,7 @@ class Const:
     value: float
 
     def search(self, view: GraphView[V], value: V | None, found: Match[V]) -> str | None:
-        got = scalar(view, value)
+        got = scalar(view, value, filled=True)
         if value is not None and got is not None and close(view, value, got, self.value):
             return None
         return f"{view.where(value) if value is not None else 'an absent operand'} is not the constant {self.value:g}"
@@ -184,7 +198,10 @@ class Const:
 
 @dataclass(frozen=True)
 class Op:
-    """Matches one operator. ``attrs`` must be equal; ``binds`` are attributes the rule reads later, under these names."""
+    """Matches one operator.
+
+    ``attrs`` must be equal; ``binds`` are attributes the rule reads later, under these names.
+    """
 
     name: str
     args: tuple[Pattern, ...]
@@ -260,6 +277,33 @@ class OneOf:
                 closest = (len(trial.ops), reason, trial.ops)
         found.ops = closest[2]
         return closest[1]
+
+
+@dataclass(frozen=True)
+class As:
+    """Matches what ``pattern`` matches and binds that value to ``name``."""
+
+    name: str
+    pattern: Pattern
+
+    def search(self, view: GraphView[V], value: V | None, found: Match[V]) -> str | None:
+        reason = Var(self.name).search(view, value, found)
+        return reason if reason is not None else self.pattern.search(view, value, found)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Matches what ``pattern`` matches if ``check(view, found)``, which may bind more, has nothing against it.
+
+    Unlike a rule's guard, a failing check lets a `OneOf` around it try its next alternative.
+    """
+
+    pattern: Pattern
+    check: Callable[[GraphView[Any], Match[Any]], str | None]
+
+    def search(self, view: GraphView[V], value: V | None, found: Match[V]) -> str | None:
+        reason = self.pattern.search(view, value, found)
+        return reason if reason is not None else self.check(view, found)
 
 
 @dataclass(frozen=True)
@@ -348,10 +392,8 @@ def outside_user(view: GraphView[V], root: V, found: Match[V]) -> str | None:
     reads: dict[V, int] = {}
     for operand in found.edges.values():
         reads[operand] = reads.get(operand, 0) + 1
-    for value in inner_values(found, root):
+    inner = list(inner_values(found, root))
+    for value in inner:
         if view.uses(value) > reads.get(value, 0):
             return f"{view.where(value)} ({view.describe(value)}) has a user outside the pattern"
-    return None
-
-
-Guard = Callable[["GraphView[Any]", "Match[Any]"], "str | None"]
+    return view.obstacle(inner, root)

@@ -112,7 +112,10 @@ def run(
     skip: Iterable[str] = (),
     hook: Hook | None = None,
 ) -> Report:
-    """Run named passes over ``graph``; after each the graph is cleaned and checked. ``report`` is extended and returned."""
+    """Run named passes over ``graph``; after each the graph is cleaned and checked.
+
+    ``report`` is extended and returned.
+    """
     skipped, known = set(skip), catalog.names()
     for name in skipped:
         if name not in known:

@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 class Rule:
     """Spellings of one computation, when they may be replaced, and by what.
 
-    ``guard(view, match)`` returns why a match must be left alone, or None. ``replace(view, match, root)`` emits the new
-    nodes and returns the value that stands for ``root``; it may not touch the old ones. ``variant(match)`` names which kind
-    of site it is (``silu``). A miss is reported only if it got as far as one of the ``anchors``: not every multiplication
-    is a near miss of SiLU.
+    ``guard(view, match)`` returns why a match must be left alone, or None. ``replace(view, match, root)`` emits the
+    new nodes and returns the value that stands for ``root``; it may not touch the old ones. ``variant(match)`` names
+    which kind of site it is (``silu``). A miss is reported only if it got as far as one of the ``anchors``: not every
+    multiplication is a near miss of SiLU.
     """
 
     name: str
@@ -122,7 +122,9 @@ class Report:
         for key, wanted in expected.items():
             name, _, variant = key.partition(".")
             if name not in names:
-                raise UsageError(f"expect: no rule named {name!r} ran; rules: {', '.join(sorted(names))}.{nearest(name, names)}")
+                raise UsageError(
+                    f"expect: no rule named {name!r} ran; rules: {', '.join(sorted(names))}.{nearest(name, names)}"
+                )
             if (got := self[name].count(variant)) != wanted:
                 near = "; ".join(f"{m.where}: {m.reason}" for m in self[name].misses[:3])
                 wrong.append(f"{key}: {wanted} expected, {got} found" + (f" (nearest misses: {near})" if near else ""))
@@ -152,10 +154,11 @@ Verifier = Callable[[GraphView[Any], Any, Any, Match[Any]], "str | None"]
 def apply(rule: Rule, view: GraphView[V], *, fuel: Fuel | None = None, verify: Verifier | None = None) -> RuleReport:
     """Rewrite every match of ``rule``, users before producers so that the largest match wins.
 
-    ``verify(view, old, new, match)`` compares old and new value on the same inputs before anything reads the new one; what
-    it returns is why the site is left as it was.
+    ``verify(view, old, new, match)`` compares old and new value on the same inputs before anything reads the new one;
+    what it returns is why the site is left as it was.
     """
     fuel = fuel or Fuel()
+    view.rule = rule.name
     sites: list[Site] = []
     misses: list[MissSite] = []
     reverted: list[MissSite] = []
@@ -174,6 +177,7 @@ def apply(rule: Rule, view: GraphView[V], *, fuel: Fuel | None = None, verify: V
                 new = rule.replace(view, found, root)
                 if verify is not None and (why := verify(view, root, new, found)) is not None:
                     reverted.append(MissSite(view.where(root), why))
+                    view.discard()
                     logger.warning("%s at %s was taken back: %s", rule.name, view.where(root), why)
                 else:
                     fuel.burn()

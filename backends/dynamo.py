@@ -1,0 +1,175 @@
+"""``torch.compile(model, backend="hasten")``: the exact rules on Dynamo's graph, then Inductor.
+
+Options are ours (`OPTIONS`) or Inductor's own; anything else is refused with the nearest valid key. ``mode`` means
+what it means to Inductor. Graphs that need gradients go to Inductor untouched and are counted, as are graphs on which
+a pass failed (``options={"strict": True}`` raises instead).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from hasten import __version__
+from hasten.errors import HastenError, UsageError, nearest
+from hasten.passes.rule import Report
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = {
+    "passes": "names of the passes to run, in order, instead of the default ones",
+    "skip": "names of passes to leave out",
+    "fuel": "stop after this many rewrites in each graph",
+    "expect": "rule -> number of sites that the graph must have",
+    "verify": "structure (default) or sites: compare every rewrite with what it replaces",
+    "strict": "raise where a pass fails or a rewrite does not verify, instead of compiling the graph as it was",
+    "dump": "a folder for the graph after every pass",
+}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+counters: Counter[str] = Counter()
+"""``compiled``, ``training`` (graphs passed through), ``failed`` (graphs on which a pass failed and that were not changed)."""
+
+reports: deque[Report] = deque(maxlen=64)
+"""What was done to the most recent graphs, newest last."""
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite ``gm`` and compile it with Inductor; the backend behind ``torch.compile(model, backend="hasten")``.
+
+    Raises `UsageError` for unknown options and modes, `ExpectationError` where ``expect`` is not met.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    ours, inductor = split_options(mode, options)
+    if _trains(example_inputs):
+        counters["training"] += 1
+        logger.info("a graph that needs gradients was passed to Inductor as it is (%d so far)", counters["training"])
+        return compile_fx(gm, list(example_inputs), config_patches=inductor)
+    _rewrite(gm, ours)
+    patches = {**inductor, "post_grad_custom_pre_pass": _Key(inductor.get("post_grad_custom_pre_pass"))}
+    counters["compiled"] += 1
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our options and Inductor's, checked; ``mode`` becomes Inductor options."""
+    if mode is not None and mode not in MODES:
+        raise UsageError(f"mode {mode!r} is none of {', '.join(MODES)}.{nearest(mode, MODES)}")
+    inductor = dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    ours: dict[str, Any] = {}
+    valid = torch._inductor.list_options()
+    for key, value in (options or {}).items():
+        name = key.replace("-", "_")
+        if name in OPTIONS:
+            ours[name] = value
+        elif name in valid:
+            inductor[name] = value
+        else:
+            raise UsageError(
+                f"options: no option {key!r}; ours are {', '.join(OPTIONS)}, and Inductor's are taken as well."
+                f"{nearest(name, [*OPTIONS, *valid])}"
+            )
+    return ours, inductor
+
+
+def _trains(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in example_inputs)
+
+
+def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
+    from hasten.backends.optimize import VERIFY, run_pipeline
+    from hasten.backends.target import parse_target
+    from hasten.passes.fx.graph import FxGraph
+    from hasten.passes.fx.site_check import SiteCheck
+
+    verify = options.get("verify", "structure")
+    if verify not in VERIFY[:2]:
+        raise UsageError(f"verify: {verify!r} is none of {', '.join(VERIFY[:2])}")
+    device = _device(gm)
+    report = Report(source="torch.compile", ir="fx", target=f"inductor:{device}")
+    before = fx.Graph()
+    before.output(before.graph_copy(gm.graph, {}))
+    try:
+        run_pipeline(
+            FxGraph(gm),
+            "fx",
+            parse_target(report.target),
+            report,
+            passes=options.get("passes"),
+            fuel=options.get("fuel"),
+            skip=_names(options.get("skip", ())),
+            verify=SiteCheck() if verify == "sites" else None,
+            dump=options.get("dump"),
+        )
+    except UsageError:
+        raise
+    except Exception as error:
+        if options.get("strict"):
+            raise
+        counters["failed"] += 1
+        logger.warning("a pass failed and the graph is compiled as it was: %s", error)
+        gm.graph = before
+        gm.recompile()
+        report.notes.append(f"not rewritten: {error}")
+    reports.append(report)
+    if options.get("strict") and report.reverted:
+        rule, site = report.reverted[0]
+        raise HastenError(f"{rule} at {site.where} does not verify: {site.reason}")
+    report.expect(options.get("expect") or {})
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(n for n in value.split(",") if n) if isinstance(value, str) else tuple(value)
+
+
+def _device(gm: fx.GraphModule) -> str:
+    for node in gm.graph.nodes:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if isinstance(value, torch.Tensor):
+            return "cuda" if value.device.type == "cuda" else "cpu"
+    return "cpu"
+
+
+@cache
+def fingerprint() -> bytes:
+    """A hash of our version and of every source file that can change what a rewritten graph computes."""
+    digest = hashlib.sha256(__version__.encode())
+    root = Path(__file__).resolve().parent.parent
+    for folder in ("passes", "backends"):
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.digest()
+
+
+class _Key(CustomGraphPass):
+    """Changes nothing; its ``uuid`` makes Inductor's caches miss when our files change. Calls the user's pass, if any."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner = inner
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.inner is not None:
+            self.inner(graph)
+
+    def uuid(self) -> Any:
+        inner = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else None
+        if self.inner is not None and inner is None:
+            return None  # the user's pass cannot be told from another: no caching
+        return (fingerprint(), inner)

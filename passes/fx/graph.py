@@ -1,0 +1,80 @@
+"""An `fx.GraphModule` under rewriting: its views, clean-up, structural checks and operator counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx
+
+from hasten.errors import VerificationError
+from hasten.passes.fx.tables import mutates
+from hasten.passes.fx.view import FxView, call_name, fake
+
+
+class FxGraph:
+    """A graph module and the graph modules inside it (branches of ``torch.cond``, loop bodies)."""
+
+    ir = "fx"
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        for inner in self.modules():
+            _drop_metadata_assertions(inner.graph)
+
+    def modules(self) -> Iterator[fx.GraphModule]:
+        """Every graph module once, outermost first."""
+        seen = set()
+        for inner in self.module.modules():
+            if isinstance(inner, fx.GraphModule) and id(inner.graph) not in seen and _has_calls(inner):
+                seen.add(id(inner.graph))
+                yield inner
+
+    def views(self) -> Iterable[FxView]:
+        return [FxView(m) for m in self.modules()]
+
+    def clean(self) -> None:
+        for inner in self.modules():
+            inner.graph.eliminate_dead_code(is_impure_node=_is_impure)
+            inner.recompile()
+
+    def check(self) -> None:
+        for inner in self.modules():
+            try:
+                inner.graph.lint()
+            except RuntimeError as error:
+                raise VerificationError(f"the graph is not well formed: {error}") from error
+            for node in inner.graph.nodes:
+                if "hasten_rule" in node.meta and not _same_kind(node):
+                    raise VerificationError(
+                        f"{node.name}, made by {node.meta['hasten_rule']}, has no shape and type; this is a defect of the rule"
+                    )
+
+    def op_counts(self) -> dict[str, int]:
+        counts = Counter(
+            call_name(n) for m in self.modules() for n in m.graph.nodes if n.op in ("call_function", "call_method")
+        )
+        return dict(sorted(counts.items()))
+
+    def text(self) -> str:
+        return "\n".join(f"# {type(m).__name__}\n{m.code}" for m in self.modules())
+
+
+def _drop_metadata_assertions(graph: fx.Graph) -> None:
+    """What export asserts of shapes and types on the way is what it found there itself, and each assertion is a user."""
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)):
+        graph.erase_node(node)
+
+
+def _has_calls(module: fx.GraphModule) -> bool:
+    return any(n.op in ("call_function", "call_method") for n in module.graph.nodes)
+
+
+def _same_kind(node: fx.Node) -> bool:
+    return isinstance(fake(node), torch.Tensor)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Dead-code elimination must not drop in-place calls and assertions."""
+    return node.is_impure() or mutates(node, call_name(node))

@@ -1,0 +1,506 @@
+"""Which FX call is which neutral operator, and which ATen call stands for a neutral operator: two tables.
+
+Names are shared by function, method and ATen operator (``softmax``); ``F.`` marks a function of
+``torch.nn.functional`` whose arguments are in another order. ``arguments`` are the positional names, so that a row
+reads keywords as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from hasten.passes import ops as _ops  # noqa: F401  (registers torch.ops.hasten)
+from hasten.passes.pattern import OpView
+
+if TYPE_CHECKING:
+    from hasten.passes.fx.view import FxView
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Call:
+    """One node's arguments by name."""
+
+    view: FxView
+    node: fx.Node
+    name: str
+    arguments: tuple[str, ...]
+
+    def raw(self, name: str, default: Any = None) -> Any:
+        position = self.arguments.index(name) if name in self.arguments else -1
+        if 0 <= position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def value(self, name: str) -> Any:
+        """The argument as an operand; None where it is absent."""
+        return self.view.lift(self.raw(name))
+
+    def rest(self, name: str) -> tuple[Any, ...]:
+        """The list argument ``name``, also where a method was given its items one by one."""
+        first = self.raw(name, ())
+        if isinstance(first, (tuple, list)):
+            return tuple(first)
+        return tuple(self.node.args[self.arguments.index(name) :])
+
+    def shape(self, name: str) -> tuple[Any, ...] | None:
+        operand = self.value(name)
+        return None if operand is None else self.view.shape(operand)
+
+    def axis(self, axis: Any, name: str = "self", extra: int = 0) -> int | None:
+        """A non-negative axis of operand ``name``, or None where it cannot be told."""
+        shape = self.shape(name)
+        if shape is None or not isinstance(axis, int):
+            return None
+        return axis % (len(shape) + extra) if len(shape) + extra else 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """Positional argument names and how to read the call; the reader returns None to leave the node unknown."""
+
+    arguments: tuple[str, ...]
+    read: Callable[[Call], OpView[Any] | None]
+
+
+def _operands(call: Call, *names: str) -> tuple[Any, ...] | None:
+    values = tuple(call.value(n) for n in names)
+    return None if any(v is None for v in values) else values
+
+
+def _unary(name: str) -> Row:
+    def read(call: Call) -> OpView[Any] | None:
+        operands = _operands(call, "self")
+        return OpView(name, operands) if operands else None
+
+    return Row(("self",), read)
+
+
+def _binary(name: str, *, swapped: bool = False) -> Row:
+    def read(call: Call) -> OpView[Any] | None:
+        operands = _operands(call, "self", "other")
+        if operands is None or call.raw("alpha", 1) != 1 or call.raw("rounding_mode") is not None:
+            return None
+        return OpView(name, operands[::-1] if swapped else operands)
+
+    return Row(("self", "other"), read)
+
+
+def _identity(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self")
+    return OpView("identity", operands) if operands else None
+
+
+def _dropout(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self")
+    active = call.raw("p", 0.5) != 0 and call.raw("training", True)
+    return None if active or operands is None else OpView("identity", operands)
+
+
+def _cast(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self")
+    if operands is None:
+        return None
+    before, after = call.view.dtype(operands[0]), call.view.dtype(call.node)
+    return OpView("identity", operands) if before == after else OpView("cast", operands, {"to": after})
+
+
+def _gelu(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self")
+    return OpView("gelu", operands, {"approximate": call.raw("approximate", "none")}) if operands else None
+
+
+def _softmax(call: Call) -> OpView[Any] | None:
+    operands, axis = _operands(call, "self"), call.axis(call.raw("dim"))
+    return OpView("softmax", operands, {"axis": axis}) if operands and axis is not None else None
+
+
+def _baddbmm(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self", "batch1", "batch2")
+    return (
+        OpView("baddbmm", operands, {"beta": call.raw("beta", 1), "alpha": call.raw("alpha", 1)}) if operands else None
+    )
+
+
+def _einsum(call: Call) -> OpView[Any] | None:
+    equation = call.raw("equation")
+    listed = call.raw("operands")
+    operands = listed if isinstance(listed, (tuple, list)) else call.node.args[1:]
+    if not isinstance(equation, str) or not all(isinstance(o, fx.Node) for o in operands):
+        return None
+    return OpView("einsum", tuple(operands), {"equation": equation})
+
+
+def _sdpa(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "query", "key", "value")
+    if operands is None or call.raw("dropout_p", 0.0) != 0.0:
+        return None
+    attrs = {
+        "scale": call.raw("scale"),
+        "causal": bool(call.raw("is_causal", False)),
+        "gqa": bool(call.raw("enable_gqa", False)),
+    }
+    return OpView("sdpa", (*operands, call.value("attn_mask")), attrs)
+
+
+def _group_norm(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self")
+    if operands is None:
+        return None
+    attrs = {"groups": call.raw("num_groups"), "eps": call.raw("eps", 1e-5)}
+    return OpView("group_norm", (*operands, call.value("weight"), call.value("bias")), attrs)
+
+
+def _reduction(name: str, default_axes: bool = True) -> Row:
+    def read(call: Call) -> OpView[Any] | None:
+        operands, shape = _operands(call, "self"), call.shape("self")
+        axes = call.raw("dim")
+        if operands is None or shape is None or call.raw("dtype") is not None or (axes is None and not default_axes):
+            return None
+        listed = range(len(shape)) if axes is None else axes if isinstance(axes, (tuple, list)) else (axes,)
+        if not all(isinstance(a, int) for a in listed) or not isinstance(call.view.op_result(call.node), torch.Tensor):
+            return None
+        attrs: dict[str, Any] = {
+            "axes": tuple(sorted(a % len(shape) for a in listed)),
+            "keepdims": bool(call.raw("keepdim", False)),
+        }
+        if name == "var":
+            correction = call.raw("correction", call.node.kwargs.get("unbiased", 1))
+            attrs["correction"] = 1 if correction is None else int(correction)
+        return OpView(name, operands, attrs)
+
+    return Row(("self", "dim", "keepdim") if name != "var" else ("self", "dim", "correction", "keepdim"), read)
+
+
+def _reshape(call: Call) -> OpView[Any] | None:
+    operands, before = _operands(call, "self"), call.shape("self")
+    after = call.view.shape(call.node)
+    if operands is None or before is None or after is None:
+        return None
+    return OpView("identity" if before == after else "reshape", operands)
+
+
+def _expand(call: Call) -> OpView[Any] | None:
+    operands, before = _operands(call, "self"), call.shape("self")
+    if operands is None or before is None:
+        return None
+    return OpView("identity" if before == call.view.shape(call.node) else "expand", operands)
+
+
+def _transpose(call: Call) -> OpView[Any] | None:
+    operands, shape = _operands(call, "self"), call.shape("self")
+    if operands is None or shape is None:
+        return None
+    perm = list(range(len(shape)))
+    if call.name in ("t", "T", "mT"):
+        a, b = (len(shape) - 2, len(shape) - 1)
+        if call.name != "mT" and len(shape) != 2:
+            return None
+        perm[a], perm[b] = perm[b], perm[a]
+    elif call.name == "permute":
+        dims = call.rest("dims")
+        if len(dims) != len(shape) or not all(isinstance(d, int) for d in dims):
+            return None
+        perm = [d % len(shape) for d in dims]
+    else:
+        first, second = call.axis(call.raw("dim0")), call.axis(call.raw("dim1"))
+        if first is None or second is None:
+            return None
+        perm[first], perm[second] = perm[second], perm[first]
+    return OpView("transpose", operands, {"perm": tuple(perm)})
+
+
+def _repeat(call: Call) -> OpView[Any] | None:
+    operands, axis = _operands(call, "self"), call.axis(call.raw("dim"))
+    times = call.raw("repeats")
+    if operands is None or axis is None or not isinstance(times, int):
+        return None
+    return OpView("repeat", operands, {"axis": axis, "times": times})
+
+
+def _getitem(call: Call) -> OpView[Any] | None:
+    """A tuple's item speaks for the node that made the tuple; indexing a tensor is not in the vocabulary."""
+    source, index = call.raw("self"), call.raw("other")
+    if not isinstance(source, fx.Node) or not isinstance(index, int):
+        return None
+    from hasten.passes.fx.view import call_name
+
+    name = call_name(source)
+    row = TUPLES.get(name)
+    return row.read(Call(call.view, source, name, row.arguments), index) if row else None
+
+
+def _part(call: Call, index: int) -> OpView[Any] | None:
+    operands, axis, shape = _operands(call, "self"), call.axis(call.raw("dim", 0)), call.shape("self")
+    if operands is None or axis is None or shape is None or not isinstance(shape[axis], int):
+        return None
+    pieces = call.view.op_result(call.node)
+    if not isinstance(pieces, (tuple, list)) or len({p.shape[axis] for p in pieces}) != 1:
+        return None
+    return OpView("part", operands, {"axis": axis, "index": index % len(pieces), "parts": len(pieces)})
+
+
+def _native_group_norm(call: Call, index: int) -> OpView[Any] | None:
+    operands = _operands(call, "self")
+    if index != 0 or operands is None:
+        return None
+    attrs = {"groups": call.raw("group"), "eps": call.raw("eps")}
+    return OpView("group_norm", (*operands, call.value("weight"), call.value("bias")), attrs)
+
+
+def _native_sdpa(call: Call, index: int) -> OpView[Any] | None:
+    if index != 0 or call.raw("dropout_p", 0.0) != 0.0:
+        return None
+    return _sdpa(call)
+
+
+def _var_mean(call: Call, index: int) -> OpView[Any] | None:
+    operands, shape, axes = _operands(call, "self"), call.shape("self"), call.raw("dim")
+    if operands is None or shape is None or not isinstance(axes, (tuple, list)):
+        return None
+    attrs: dict[str, Any] = {
+        "axes": tuple(sorted(a % len(shape) for a in axes)),
+        "keepdims": bool(call.raw("keepdim", False)),
+    }
+    if index == 1:
+        return OpView("mean", operands, attrs)
+    correction = call.raw("correction", call.node.kwargs.get("unbiased", 1))
+    return OpView("var", operands, {**attrs, "correction": 1 if correction is None else int(correction)})
+
+
+@dataclass(frozen=True)
+class TupleRow:
+    """How to read one item of a node that makes a tuple."""
+
+    arguments: tuple[str, ...]
+    read: Callable[[Call, int], OpView[Any] | None]
+
+
+def _slice(call: Call) -> OpView[Any] | None:
+    """Half of an axis, the way GEGLU gates are sliced."""
+    operands, axis, shape = _operands(call, "self"), call.axis(call.raw("dim", 0)), call.shape("self")
+    if operands is None or axis is None or shape is None or not isinstance(size := shape[axis], int):
+        return None
+    start, end, step = call.raw("start", 0) or 0, call.raw("end"), call.raw("step", 1)
+    if step != 1 or not isinstance(start, int) or not (end is None or isinstance(end, int)) or size % 2:
+        return None
+    start = start % size if start < 0 else start
+    end = size if end is None else min(end, size) if end >= 0 else end + size
+    if (start, end) == (0, size):
+        return OpView("identity", operands)
+    if (start, end) in ((0, size // 2), (size // 2, size)):
+        return OpView("part", operands, {"axis": axis, "index": int(start > 0), "parts": 2})
+    return None
+
+
+def _where(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "condition", "self", "other")
+    return OpView("where", operands) if operands else None
+
+
+def _masked_fill(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self", "mask", "value")
+    return OpView("masked_fill", operands) if operands else None
+
+
+def _pair(value: Any, rank: int) -> tuple[int, ...] | None:
+    if isinstance(value, int):
+        return (value,) * rank
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        return tuple(value) if len(value) == rank else tuple(value) * rank if len(value) == 1 else None
+    return None
+
+
+def _convolution(call: Call) -> OpView[Any] | None:
+    operands, shape = _operands(call, "self", "weight"), call.shape("weight")
+    if operands is None or shape is None or call.raw("transposed", False):
+        return None
+    rank, padding = len(shape) - 2, call.raw("padding", 0)
+    stride, dilation = _pair(call.raw("stride", 1), rank), _pair(call.raw("dilation", 1), rank)
+    if stride is None or dilation is None:
+        return None
+    if padding == "valid":
+        pads: tuple[int, ...] | None = (0,) * rank
+    elif padding == "same":
+        if not all(isinstance(k, int) and k % 2 for k in shape[2:]):
+            return None
+        pads = tuple(d * (k - 1) // 2 for d, k in zip(dilation, shape[2:], strict=True))
+    else:
+        pads = _pair(padding, rank)
+    if pads is None:
+        return None
+    attrs = {"stride": stride, "padding": pads * 2, "dilation": dilation, "groups": call.raw("groups", 1)}
+    return OpView(f"conv{rank}d", (*operands, call.value("bias")), attrs)
+
+
+def _upsample(call: Call) -> OpView[Any] | None:
+    """Nearest upsampling by whole factors, told from the shapes before and after."""
+    operands, before, after = _operands(call, "self"), call.view.sizes(call.raw("self")), call.view.sizes(call.node)
+    if (
+        operands is None
+        or before is None
+        or after is None
+        or call.raw("mode", "nearest") not in ("nearest", "nearest-exact")
+    ):
+        return None
+    scale = []
+    for small, large in zip(before[2:], after[2:], strict=True):
+        factor = next((f for f in (1, 2, 3, 4, 8) if _surely_equal(large, small * f)), None)
+        if factor is None:
+            return None
+        scale.append(factor)
+    return OpView("upsample_nearest", operands, {"scale": tuple(scale)})
+
+
+def _surely_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(torch.fx.experimental.symbolic_shapes.statically_known_true(a == b))
+
+
+def _pad(call: Call) -> OpView[Any] | None:
+    operands, pads = _operands(call, "self"), call.raw("pad")
+    if operands is None or call.raw("mode", "constant") != "constant" or not isinstance(pads, (tuple, list)):
+        return None
+    value = call.raw("value")
+    return OpView("pad", operands, {"pads": tuple(pads), "value": 0.0 if value is None else value})
+
+
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_CONV = ("self", "weight", "bias", "stride", "padding", "dilation")
+
+READ: dict[str, Row] = {
+    "add": _binary("add"), "sub": _binary("sub"), "mul": _binary("mul"), "div": _binary("div"), "pow": _binary("pow"),
+    "truediv": _binary("div"), "true_divide": _binary("div"), "divide": _binary("div"), "multiply": _binary("mul"),
+    "rsub": _binary("sub", swapped=True), "eq": _binary("eq"), "ne": _binary("ne"),
+    "neg": _unary("neg"), "exp": _unary("exp"), "erf": _unary("erf"), "tanh": _unary("tanh"), "sqrt": _unary("sqrt"),
+    "rsqrt": _unary("rsqrt"), "sigmoid": _unary("sigmoid"), "silu": _unary("silu"), "logical_not": _unary("logical_not"),
+    "bitwise_not": _unary("logical_not"), "invert": _unary("logical_not"), "reciprocal": _unary("reciprocal"),
+    "square": _unary("square"),
+    "full_like": _unary("filled"), "zeros_like": _unary("filled"),
+    "gelu": Row(("self",), _gelu),
+    "softmax": Row(("self", "dim", "dtype"), _softmax),
+    "F.softmax": Row(("self", "dim", "_stacklevel", "dtype"), _softmax),
+    "_softmax": Row(("self", "dim", "half_to_float"), _softmax),
+    "_safe_softmax": Row(("self", "dim", "dtype"), _softmax),
+    "matmul": _binary("matmul"), "bmm": Row(("self", "mat2"), lambda c: _matmul(c, "mat2")),
+    "mm": Row(("self", "mat2"), lambda c: _matmul(c, "mat2")), "__matmul__": _binary("matmul"),
+    "baddbmm": Row(("self", "batch1", "batch2"), _baddbmm),
+    "einsum": Row(("equation", "operands"), _einsum),
+    "scaled_dot_product_attention": Row(_SDPA, _sdpa),
+    "group_norm": Row(("self", "num_groups", "weight", "bias", "eps"), _group_norm),
+    "mean": _reduction("mean"), "sum": _reduction("sum"), "amax": _reduction("max"), "var": _reduction("var"),
+    "any": _reduction("any"),
+    "view": Row(("self",), _reshape), "reshape": Row(("self",), _reshape), "_unsafe_view": Row(("self",), _reshape),
+    "flatten": Row(("self",), _reshape), "unflatten": Row(("self",), _reshape), "unsqueeze": Row(("self",), _reshape),
+    "squeeze": Row(("self",), _reshape), "_reshape_alias": Row(("self",), _reshape),
+    "expand": Row(("self",), _expand), "expand_as": Row(("self",), _expand),
+    "transpose": Row(("self", "dim0", "dim1"), _transpose), "swapaxes": Row(("self", "dim0", "dim1"), _transpose),
+    "permute": Row(("self", "dims"), _transpose), "t": Row(("self",), _transpose),
+    "repeat_interleave": Row(("self", "repeats", "dim"), _repeat),
+    "slice": Row(("self", "dim", "start", "end", "step"), _slice),
+    "getitem": Row(("self", "other"), _getitem),
+    "where": Row(("condition", "self", "other"), _where),
+    "masked_fill": Row(("self", "mask", "value"), _masked_fill),
+    "conv2d": Row((*_CONV, "groups"), _convolution),
+    "convolution": Row((*_CONV, "transposed", "output_padding", "groups"), _convolution),
+    "interpolate": Row(("self", "size", "scale_factor", "mode"), _upsample),
+    "upsample_nearest2d": Row(("self",), _upsample), "_upsample_nearest_exact2d": Row(("self",), _upsample),
+    "pad": Row(("self", "pad", "mode", "value"), _pad), "constant_pad_nd": Row(("self", "pad", "value"), _pad),
+    "dropout": Row(("self", "p", "training"), _dropout), "dropout2d": Row(("self", "p", "training"), _dropout),
+    "native_dropout": Row(("self", "p", "training"), _dropout),
+    **{n: Row(("self",), _identity) for n in ("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "dropout_")},
+    **{n: Row(("self",), _cast) for n in ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy")},
+}  # fmt: skip
+
+TUPLES: dict[str, TupleRow] = {
+    "chunk": TupleRow(("self", "chunks", "dim"), _part),
+    "split": TupleRow(("self", "split_size", "dim"), _part),
+    "split_with_sizes": TupleRow(("self", "split_sizes", "dim"), _part),
+    "tensor_split": TupleRow(("self", "indices_or_sections", "dim"), _part),
+    "native_group_norm": TupleRow(("self", "weight", "bias", "N", "C", "HxW", "group", "eps"), _native_group_norm),
+    "var_mean": TupleRow(("self", "dim", "correction", "keepdim"), _var_mean),
+    "_scaled_dot_product_flash_attention_for_cpu": TupleRow(
+        ("query", "key", "value", "dropout_p", "is_causal"), _native_sdpa
+    ),
+}
+
+
+def _matmul(call: Call, second: str) -> OpView[Any] | None:
+    operands = _operands(call, "self", second)
+    return OpView("matmul", operands) if operands else None
+
+
+def mutates(node: fx.Node, name: str) -> bool:
+    """Whether a call changes one of its arguments in place."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    in_place = name.endswith("_") and not name.endswith("__")
+    assigns = name in ("setitem", "iadd", "isub", "imul", "itruediv", "copy_")
+    return in_place or assigns or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+Written = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def _plain(target: Callable[..., Any], *names: str) -> Callable[[FxView, list[Any], Any], Written]:
+    """Operands, then the named attributes, in order."""
+
+    def write(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+        return target, (*inputs, *(list(a) if isinstance(a := attrs[n], tuple) else a for n in names)), {}
+
+    return write
+
+
+def _scalar_or_tensor(name: str) -> Callable[[FxView, list[Any], Any], Written]:
+    packet = getattr(aten, name)
+
+    def write(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+        scalar = not isinstance(inputs[1], fx.Node)
+        return (packet.Scalar if scalar else packet.Tensor), tuple(inputs), {}
+
+    return write
+
+
+def _write_where(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+    overload = aten.where.self if isinstance(inputs[2], fx.Node) else aten.where.ScalarOther
+    return overload, tuple(inputs), {}
+
+
+def _write_cast(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+    return aten.to.dtype, (inputs[0], getattr(torch, attrs["to"])), {}
+
+
+def _write_unsqueeze(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+    (axis,) = attrs["axes"]
+    return aten.unsqueeze.default, (inputs[0], axis), {}
+
+
+def _write_gelu(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+    return aten.gelu.default, (inputs[0],), {"approximate": attrs["approximate"]}
+
+
+_HASTEN = torch.ops.hasten
+
+WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
+    "attention": _plain(_HASTEN.attention.default, "scale", "causal"),
+    "group_norm_act": _plain(_HASTEN.group_norm_act.default, "groups", "eps", "act"),
+    "geglu": _plain(_HASTEN.geglu.default, "approximate", "gate_first"),
+    "upsample_conv2d": _plain(_HASTEN.upsample_conv2d.default),
+    "gelu": _write_gelu,
+    "add": _scalar_or_tensor("add"), "sub": _scalar_or_tensor("sub"), "mul": _scalar_or_tensor("mul"),
+    "div": _scalar_or_tensor("div"),
+    "where": _write_where, "cast": _write_cast,
+    "logical_not": _plain(aten.logical_not.default), "logical_and": _plain(aten.logical_and.default),
+    "logical_or": _plain(aten.logical_or.default), "any": _plain(aten.any.dims, "axes", "keepdims"),
+    "transpose": _plain(aten.permute.default, "perm"), "reshape": _plain(aten.reshape.default, "shape"),
+    "unsqueeze": _write_unsqueeze, "squeeze": _plain(aten.squeeze.dims, "axes"),
+}  # fmt: skip
