@@ -50,7 +50,7 @@ def audit(plan: bytes) -> dict[str, Any]:
     return {
         "readable": True,
         "stream_capturable": capturable.count("1") == len(capturable) if capturable else None,
-        "accelerators": sorted({name for group in accelerators for name in group.split()}),
+        "accelerators": sorted({name for group in accelerators for name in re.findall(r"sm\d+", group)}),
         "counts": counts,
     }
 
