@@ -1,0 +1,38 @@
+"""How an operator becomes ``torch.ops.hasten.*``, and what every implementation must know about its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The library must live as long as the process: torch unregisters its operators when it is collected.
+LIBRARY = torch.library.Library("hasten", "FRAGMENT")
+
+
+def register(schema: str, implementation: Callable[..., Tensor]) -> None:
+    """Define ``hasten::<schema>`` with one implementation that consists of other operators.
+
+    CompositeImplicitAutograd: torch.export keeps the operator as one node, every later stage (AOTAutograd, Inductor,
+    AOTInductor, ``run_decompositions``) traces through ``implementation``, and autograd differentiates what it finds
+    there.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether ``x`` is computed now, by torch's own kernels, rather than traced for a compiler to fuse."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to accumulate in: float64 stays, everything narrower is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a backward pass, which the hand-written kernels do not have."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
