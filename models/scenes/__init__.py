@@ -1,1 +1,1 @@
-"""The bundled data set `scenes` and the two small models trained on it, so that every demonstration shows real pictures."""
+"""The bundled data set `scenes` and the two small models trained on it, for demonstrations that show real pictures."""

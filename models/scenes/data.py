@@ -1,7 +1,8 @@
 """`scenes`: one coloured shape on a smooth background, rendered with numpy, deterministic from a seed.
 
-A class is a shape and a colour: ``label = shape * len(COLOURS) + colour``. Position, size, tilt, tint and background vary.
-Edges are antialiased by a signed distance of one pixel, so a picture has no aliasing that a model would have to learn.
+A class is a shape and a colour: ``label = shape * len(COLOURS) + colour``. Position, size, tilt, tint and background
+vary. Edges are antialiased by a signed distance of one pixel, so a picture has no aliasing that a model would have to
+learn.
 """
 
 from __future__ import annotations
@@ -56,11 +57,12 @@ def render(count: int, seed: int, size: int = 32, labels: npt.NDArray[np.int64] 
 
 
 def _background(rng: np.random.Generator, count: int, axis: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A linear blend of two greyish colours along a random direction."""
+    """Blend two greyish colours linearly along a random direction."""
     grey = rng.uniform(0.25, 0.75, (2, count, 1))
     ends = np.clip(grey + rng.uniform(-0.08, 0.08, (2, count, 3)), 0, 1)
     angle = rng.uniform(0, 2 * np.pi, count)[:, None, None]
-    ramp = 0.5 + (np.cos(angle) * (axis[None, None, :] - 0.5) + np.sin(angle) * (axis[None, :, None] - 0.5)) / np.sqrt(2)
+    x, y = axis[None, None, :] - 0.5, axis[None, :, None] - 0.5
+    ramp = 0.5 + (np.cos(angle) * x + np.sin(angle) * y) / np.sqrt(2)
     return ends[0][:, :, None, None] * ramp[:, None] + ends[1][:, :, None, None] * (1 - ramp[:, None])
 
 

@@ -1,9 +1,10 @@
 """``python -m hasten.models.scenes.train unet|dit``: train a bundled model, resumable at any step.
 
-The UNet predicts v on the squared-cosine schedule (Salimans & Ho, 2202.00512; Nichol & Dhariwal, 2102.09672). The DiT predicts
-the rectified-flow velocity ``noise - image`` at logit-normal times (Esser et al., 2403.03206). Both keep an exponential moving
-average of the weights, which is what is saved, in float16, and drop the label for one picture in ten so that classifier-free
-guidance works. Every batch is a function of its step number alone, so a run that was stopped goes on as if it had not been.
+The UNet predicts v on the squared-cosine schedule (Salimans & Ho, 2202.00512; Nichol & Dhariwal, 2102.09672). The DiT
+predicts the rectified-flow velocity ``noise - image`` at logit-normal times (Esser et al., 2403.03206). Both keep an
+exponential moving average of the weights, which is what is saved, in float16, and drop the label for one picture in
+ten so that classifier-free guidance works. Every batch is a function of its step number alone, so a run that was
+stopped goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LABEL_DROP = 0.1
 
 
 def network(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The untrained diffusers module of ``models/scenes/<name>.json`` and that file's content."""
+    """Build the untrained diffusers module of ``models/scenes/<name>.json``; return it and that file's content."""
     import diffusers
 
     spec = json.loads((HERE / f"{name}.json").read_text())
@@ -48,7 +49,7 @@ def squared_cosine_alpha_bar(count: int = 1000, cap: float = 0.999) -> torch.Ten
 
 
 def loss_at(model: torch.nn.Module, spec: dict[str, Any], step: int, batch: int) -> torch.Tensor:
-    """The training loss on batch number ``step``: a function of the weights and that number only."""
+    """Compute the training loss on batch number ``step``: a function of the weights and that number only."""
     rng = torch.Generator().manual_seed(step)
     scenes = render(batch, seed=1_000_000 + step)
     image = F.pixel_unshuffle(torch.from_numpy(scenes.images), spec["unshuffle"])

@@ -1,0 +1,104 @@
+"""``python -m hasten.models.scenes.evaluate unet|dit``: how many pictures show what was asked for.
+
+The independent classifier judges generated pictures and freshly rendered ones with the same labels. What it says is
+kept in ``quality.json``, next to the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.models.registry import get
+from hasten.models.scenes import classifier
+from hasten.models.scenes.data import CLASSES, COLOURS, render
+from hasten.models.scenes.generate import Denoise, generate
+
+FOLDER = Path(__file__).parent
+QUALITY = FOLDER / "quality.json"
+CHUNK = 32
+
+
+def evaluate(
+    name: str,
+    *,
+    steps: int = 50,
+    guidance: float = 2.0,
+    count: int = 256,
+    seed: int = 0,
+    denoise: Denoise | None = None,
+) -> dict[str, Any]:
+    """Judge ``count`` pictures of ``scenes-<name>``, classes in turn; ``denoise`` is its module unless given."""
+    adapter = get(f"scenes-{name}")
+    denoise = denoise or adapter.module()
+    label = torch.arange(count) % len(CLASSES)
+    chunks = [
+        generate(denoise, adapter, part, steps=steps, guidance=guidance, seed=seed + i)
+        for i, part in enumerate(label.split(CHUNK))
+    ]
+    judge = classifier.load()
+    real = torch.from_numpy(render(count, classifier.HELD_OUT + 1, labels=label.numpy()).images)
+    shape, colour = label // len(COLOURS), label % len(COLOURS)
+    return {
+        "generated": classifier.accuracy(judge, torch.cat(chunks), shape, colour),
+        "real": classifier.accuracy(judge, real, shape, colour),
+        "steps": steps,
+        "guidance": guidance,
+        "count": count,
+        "seed": seed,
+        "training_steps": training_steps(name),
+    }
+
+
+def training_steps(name: str) -> int | None:
+    """Return the last step of a model's loss curve, or None where the curve is not there."""
+    path = FOLDER / f"{name}_loss.csv"
+    if not path.is_file():
+        return None
+    with path.open(newline="") as file:
+        return int(list(csv.DictReader(file))[-1]["step"])
+
+
+def keep(name: str, result: dict[str, Any], path: Path = QUALITY) -> None:
+    """Replace one model's entry in the file of results."""
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    results[f"scenes-{name}"] = result
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(dict(sorted(results.items())), indent=2) + "\n")
+    os.replace(part, path)
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """Spell a result as a table."""
+    lines = [f"scenes-{name}: {result['count']} pictures, {result['steps']} steps, guidance {result['guidance']:g}"]
+    lines += [f"{'':10}{'shape':>8}{'colour':>8}{'both':>8}"]
+    for kind in ("generated", "real"):
+        lines.append(f"{kind:10}" + "".join(f"{result[kind][k]:8.3f}" for k in ("shape", "colour", "both")))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m hasten.models.scenes.evaluate", description=__doc__)
+    parser.add_argument("model", choices=["unet", "dit"])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    options = {"steps": args.steps, "guidance": args.guidance, "count": args.count, "seed": args.seed}
+    result = evaluate(args.model, **options)
+    keep(args.model, result)
+    print(table(args.model, result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Make pictures with a scenes model, and write them to a file.
+
+The noise is a function of the seed and the picture's number alone: a baseline and an optimised network start from the
+same pictures, and so does a larger batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from hasten.errors import UsageError
+from hasten.models.adapter import Adapter
+from hasten.models.scenes.adapters import MODELS, specification
+from hasten.models.scenes.data import CLASSES, NULL_CLASS
+from hasten.passes.solvers.ddim import ddim
+from hasten.passes.solvers.flow_euler import flow_euler
+from hasten.passes.solvers.sample import sample
+from hasten.passes.solvers.table import SolverTable
+
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(latents, times, labels) -> prediction: the adapter's module, or what a compiler made of it."""
+
+
+def solver(adapter: Adapter, steps: int) -> SolverTable:
+    """Return a scenes model's table: DDIM for the UNet, Euler's method for the rectified flow."""
+    spec = _specification(adapter)
+    if spec["objective"] == "v_prediction":
+        return ddim(steps, schedule=spec["schedule"], prediction="v_prediction", spacing="trailing", compat=None)
+    return flow_euler(steps)
+
+
+def initial_noise(adapter: Adapter, count: int, seed: int) -> torch.Tensor:
+    """Draw the unit noise of pictures, (count, C, H, W) float32; that of picture i depends on ``seed`` and i alone."""
+    shape = adapter.inputs[0].shape[1:]
+    generators = (torch.Generator().manual_seed((seed << 24) + i) for i in range(count))
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def generate(
+    denoise: Denoise,
+    adapter: Adapter,
+    labels: Sequence[int] | torch.Tensor,
+    *,
+    steps: int = 50,
+    guidance: float = 2.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    callback: Callable[[int, float, torch.Tensor], object] | None = None,
+) -> torch.Tensor:
+    """Generate one picture a label; returns (B, 3, 32, 32) float32 in [-1, 1], on the CPU.
+
+    Classifier-free guidance (Ho & Salimans, 2207.12598): the network sees a batch of 2 B, first with the labels and
+    then without, and ``f = f_without + guidance * (f_with - f_without)``. At guidance 1 it sees the labelled half
+    alone.
+    """
+    spec = _specification(adapter)
+    label = torch.as_tensor(labels, dtype=torch.int64, device=device)
+    if label.ndim != 1 or not ((label >= 0) & (label < len(CLASSES))).all():
+        raise UsageError(f"generate: labels are a list of numbers from 0 to {len(CLASSES) - 1}; {labels} was given")
+    guided = guidance != 1
+    both = torch.cat([label, torch.full_like(label, NULL_CLASS)]) if guided else label
+
+    def predict(x: torch.Tensor, time: float) -> torch.Tensor:
+        x = torch.cat([x, x]) if guided else x
+        times = torch.full((len(x),), time, dtype=torch.float32, device=device)
+        prediction = denoise(x, times, both).float()
+        if not guided:
+            return prediction
+        with_label, without = prediction.chunk(2)
+        return without + guidance * (with_label - without)
+
+    noise = initial_noise(adapter, len(label), seed).to(device)
+    with torch.no_grad():
+        latents = sample(predict, solver(adapter, steps), noise, callback=callback)
+    return F.pixel_shuffle(latents, spec["unshuffle"]).clamp(-1, 1).cpu()
+
+
+def write_grid(images: torch.Tensor, path: str | Path, *, columns: int | None = None, scale: int = 4) -> Path:
+    """Write pictures (B, 3, H, W) in [-1, 1] as one PNG, row by row, each pixel ``scale`` pixels wide."""
+    from PIL import Image
+
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise UsageError(f"write_grid: pictures are (B, 3, H, W); {tuple(images.shape)} was given")
+    columns = min(columns or round(len(images) ** 0.5) or 1, len(images))
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    rows = -(-len(images) // columns)
+    _, height, width, _ = pixels.shape
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        row, column = divmod(i, columns)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1)).save(part, format="PNG")
+    os.replace(part, path)
+    return path
+
+
+def _specification(adapter: Adapter) -> dict[str, Any]:
+    if adapter.name not in MODELS:
+        raise UsageError(f"generate: {adapter.name} makes no scenes; the models that do are {', '.join(MODELS)}")
+    return specification(adapter.name)
