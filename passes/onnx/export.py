@@ -18,11 +18,13 @@ BIG = 1024
 """Bytes above which a constant is left out of models made for the checker and for shape inference."""
 
 
-def write(graph: OnnxGraph, *, strip: bool, infos: bool) -> onnx.ModelProto:
+def write(
+    graph: OnnxGraph, *, strip: bool, infos: bool, bodies: type[functions.Attached] = functions.Attached
+) -> onnx.ModelProto:
     """The model. ``strip``: constants above `BIG` bytes become graph inputs; ``infos``: with inferred value infos."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.shell)
-    writer = _Writer(graph, strip, infos)
+    writer = _Writer(graph, strip, infos, bodies(graph.opset))
     writer.graph(graph.main, model.graph)
     model.graph.input.extend(writer.left_out.values())
     for scope in graph.scopes:
@@ -43,9 +45,9 @@ def signature(node: Any) -> functions.Signature:
 class _Writer:
     """What stays the same while one model is written."""
 
-    def __init__(self, owner: OnnxGraph, strip: bool, infos: bool) -> None:
+    def __init__(self, owner: OnnxGraph, strip: bool, infos: bool, bodies: functions.Attached) -> None:
         self.owner, self.strip, self.infos = owner, strip, infos
-        self.bodies = functions.Attached(owner.opset)
+        self.bodies = bodies
         self.left_out: dict[str, onnx.ValueInfoProto] = {}
         self.homes: dict[int, list[Any]] = {}
         for tensor, home in _homes(owner.scopes):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper
 
@@ -90,7 +89,8 @@ class Body:
         if act == "quick_gelu":
             return self.op("Mul", y, self.op("Sigmoid", self.op("Mul", y, number(1.702))))
         if act in ("gelu", "gelu_tanh"):
-            if self.opset >= 20:
+            # Gelu's own function body has constants of float32 precision.
+            if self.opset >= 20 and dtype != "float64":
                 return self.op("Gelu", y, approximate="tanh" if act == "gelu_tanh" else "none")
             if act == "gelu":
                 inner = self.op("Erf", self.op("Mul", y, number(math.sqrt(0.5))))
@@ -211,29 +211,30 @@ def _may_be_grouped(signature: Signature) -> bool:
     return q is None or k is None or len(q) != 4 or len(k) != 4 or q[1] != k[1] or q[1] is None
 
 
-PHASES = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-"""Taps of a 4-wide transposed kernel, stride 2, padding 1, from those of a 3-wide one behind a nearest 2x upsampling.
-
-One axis: out[2i] = w0 x[i-1] + (w1 + w2) x[i], out[2i+1] = (w0 + w1) x[i] + w2 x[i+1].
-"""
-
-
-def transposed_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(K, C, 3, 3) -> (C, K, 4, 4), added up in float64."""
-    wide = np.einsum("ka,lb,ocab->cokl", PHASES, PHASES, weight.astype(np.float64))
-    return np.ascontiguousarray(wide.astype(weight.dtype))
-
-
 def upsample_conv2d(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
-    """Nearest 2x upsampling, 3x3 convolution: as one transposed convolution of the small map."""
-    dtype = signature.compute
+    """Nearest 2x upsampling and a 3x3 convolution as four 2x2 convolutions of the small map, one for each output phase.
+
+    One axis: out[2i] = w0 x[i-1] + (w1 + w2) x[i], out[2i+1] = (w0 + w1) x[i] + w2 x[i+1].
+    """
     x, w = _up(body, "X", signature, 0), _up(body, "W", signature, 1)
-    taps = body.constant(PHASES, dtype)
-    wide = body.op("MatMul", body.op("MatMul", taps, w), body.op("Transpose", taps, perm=[1, 0]))
-    operands = [x, body.op("Transpose", wide, perm=[1, 0, 2, 3])]
-    if signature.has(2):
-        operands.append(_up(body, "B", signature, 2))
-    return _down(body, body.op("ConvTranspose", *operands, strides=[2, 2], pads=[1, 1, 1, 1]), signature)
+    bias = [_up(body, "B", signature, 2)] if signature.has(2) else []
+    phases = []
+    for row, rows in enumerate(_phases(body, w, 2)):
+        for column, kernel in enumerate(_phases(body, rows, 3)):
+            pads = [1 - row, 1 - column, row, column]
+            phases.append(body.op("Conv", x, kernel, *bias, kernel_shape=[2, 2], pads=pads))
+    y = body.op("DepthToSpace", body.op("Concat", *phases, axis=1), blocksize=2, mode="DCR")
+    return _down(body, y, signature)
+
+
+def _phases(body: Body, w: str, axis: int) -> list[str]:
+    """The taps of both phases along one axis of the kernel: (w0, w1 + w2) and (w0 + w1, w2)."""
+    taps = [
+        body.op("Slice", w, body.constant([tap]), body.constant([tap + 1]), body.constant([axis])) for tap in range(3)
+    ]
+    even = body.op("Concat", taps[0], body.op("Add", taps[1], taps[2]), axis=axis)
+    odd = body.op("Concat", body.op("Add", taps[0], taps[1]), taps[2], axis=axis)
+    return [even, odd]
 
 
 @dataclass(frozen=True)
@@ -340,17 +341,45 @@ def _label(op: str, attrs: dict[str, Any], signature: Signature, taken: set[str]
     return name
 
 
+class Shapes(Attached):
+    """Instead of the bodies, ones that have the right types and shapes only: for inference, before types are known.
+
+    ONNX Runtime's own operators get such bodies too, so that inference sees through them.
+    """
+
+    def overload(self, proto: onnx.NodeProto, signature: Signature) -> str:
+        self.bodies.setdefault(proto.op_type, {})
+        return ""
+
+    def attach(self, model: onnx.ModelProto) -> None:
+        opsets = [helper.make_opsetid("", self.opset)]
+        for op in sorted(self.bodies):
+            body = Body(self.opset)
+            body.nodes.append(helper.make_node("Identity", [_shape_body(body, op)], ["Y"]))
+            model.functions.append(helper.make_function(DOMAIN, op, FUSED[op].inputs, ["Y"], body.nodes, opsets))
+        domains = {o.domain for o in model.opset_import}
+        if self.bodies and DOMAIN not in domains:
+            model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        present = {(f.domain, f.name) for f in model.functions}
+        for op in _CONTRIB_SAME if "com.microsoft" in domains else ():
+            if ("com.microsoft", op) not in present:
+                nodes = [helper.make_node("Identity", ["X"], ["Y"])]
+                model.functions.append(helper.make_function("com.microsoft", op, ["X", "bias"], ["Y"], nodes, opsets))
+        model.ir_version = max(model.ir_version, 8)
+
+
 _CONTRIB_SAME = ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")
 
 
-def add_contrib_bodies(model: onnx.ModelProto) -> None:
-    """Bodies that have the right shapes only, so that ONNX's inference sees through ONNX Runtime's own operators."""
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    if "com.microsoft" not in {o.domain for o in model.opset_import} or model.ir_version < 8:
-        return
-    present = {(f.domain, f.name) for f in model.functions}
-    opsets = [helper.make_opsetid("", opset)]
-    for op in _CONTRIB_SAME:
-        if ("com.microsoft", op) not in present:
-            nodes = [helper.make_node("Identity", ["X"], ["Y"])]
-            model.functions.append(helper.make_function("com.microsoft", op, ["X", "bias"], ["Y"], nodes, opsets))
+def _shape_body(body: Body, op: str) -> str:
+    if op == "Geglu":
+        return body.halves("X", -1)[0]
+    if op == "Attention":
+        column = body.op("Slice", "Q", body.constant([0]), body.constant([1]), body.constant([3]))
+        row = body.op("Slice", "V", body.constant([0, 0]), body.constant([1, 1]), body.constant([1, 2]))
+        return body.op("MatMul", column, row)
+    if op == "UpsampleConv2d":
+        mode = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}
+        twice = body.constant([1, 1, 2, 2], "float32")
+        return body.op("Conv", body.op("Resize", "X", "", twice, **mode), "W", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    return "X"

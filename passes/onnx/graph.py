@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from hasten.errors import VerificationError
-from hasten.passes.onnx import export, functions, types
+from hasten.passes.onnx import export, functions, inference, types
 from hasten.passes.onnx.tensors import tensors_of
 from hasten.passes.onnx.view import OnnxView
 
@@ -205,7 +205,7 @@ class OnnxGraph:
             scope.pending.setdefault(id(at), []).append(node)
         if domain and domain not in {o.domain for o in self.shell.opset_import}:
             self.shell.opset_import.append(onnx.helper.make_opsetid(domain, 1))
-        types.infer_node(node, self.shell.opset_import)
+        inference.infer_node(node, self.shell.opset_import)
         return node
 
     def new_constant(self, content: npt.NDArray[Any], base: str) -> Any:
@@ -313,7 +313,7 @@ class OnnxGraph:
 
     def infer(self) -> None:
         """Find element types and shapes, as far as ONNX's inference gets; large constants are left out of it."""
-        types.infer_graph(self)
+        inference.infer_graph(self)
 
 
 def operator_name(node: Any) -> str:
