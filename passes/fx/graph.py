@@ -22,6 +22,7 @@ class FxGraph:
         self.module = module
         for inner in self.modules():
             _drop_metadata_assertions(inner.graph)
+            _free_shape_operands(inner.graph)
 
     def modules(self) -> Iterator[fx.GraphModule]:
         """Every graph module once, outermost first."""
@@ -65,6 +66,20 @@ def _drop_metadata_assertions(graph: fx.Graph) -> None:
     """What export asserts of shapes and types on the way is what it found there itself, and each assertion is a user."""
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)):
         graph.erase_node(node)
+
+
+def _free_shape_operands(graph: fx.Graph) -> None:
+    """``x.expand_as(scores)`` reads the shape of ``scores``, not its content; it must not count as a user of it."""
+    for node in list(graph.nodes):
+        if call_name(node) not in ("expand_as", "type_as") or len(node.args) != 2:
+            continue
+        value = fake(node)
+        if not isinstance(value, torch.Tensor) or not all(isinstance(d, int) for d in value.shape):
+            continue
+        expands = call_name(node) == "expand_as"
+        node.op = "call_function"
+        node.target = torch.ops.aten.expand.default if expands else torch.ops.aten.to.dtype
+        node.args = (node.args[0], list(value.shape) if expands else value.dtype)
 
 
 def _has_calls(module: fx.GraphModule) -> bool:

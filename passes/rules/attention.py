@@ -69,7 +69,7 @@ class SoftmaxAttention:
             return last
         if last.addend is not None or last.scale != 1:
             return "the last product adds or scales something"
-        reason = "no operand of the last product is a softmax"
+        reason, deepest = "no operand of the last product is a softmax", 0
         for side, other in ((0, 1), (1, 0)):
             trial = found.copy()
             probabilities = follow_probabilities(view, value, last.sides[side], trial)
@@ -81,8 +81,8 @@ class SoftmaxAttention:
             if why is None:
                 found.take(trial)
                 return None
-            if "softmax" in trial.ops:
-                reason, found.ops = why, trial.ops
+            if "softmax" in trial.ops and len(trial.ops) > deepest:
+                reason, found.ops, deepest = why, trial.ops, len(trial.ops)
         return reason
 
 
