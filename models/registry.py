@@ -57,18 +57,18 @@ def get(
     reduced = reduced or base != name
     if base not in _HOMES and base not in BUNDLED:
         raise UsageError(f"unknown model {name!r}; `hasten models` lists the names.{nearest(name, names())}")
+    if variant is not None and weights is None:
+        raise UsageError(f"{name}: variant={variant!r} chooses among the files of weights=; name a directory")
     if reduced and weights is not None:
         raise UsageError(f"{name}: weights come with their own sizes; ask for {base} without reduced")
     if base in BUNDLED:
         scenes = import_module("hasten.models.scenes.adapters")
         if weights is not None:
             raise UsageError(
-                f"{name} has bundled weights; a directory of a model is read as DIRECTORY#PART, by its own class"
+                f"{name} has bundled weights and takes no others; name the directory {weights} itself as the source"
             )
         return scenes.adapter(base, reduced=reduced, processor=processor)
     architecture = next(a for a in import_module(f"hasten.models.{_HOMES[base]}").ARCHITECTURES if a.name == base)
     if weights is not None:
         return architecture.family.from_directory(Path(weights), name=name, processor=processor, variant=variant)
-    if variant is not None:
-        raise UsageError(f"{name}: variant={variant!r} chooses among the files of weights=; name a directory")
     return architecture.family.from_architecture(architecture, reduced=reduced, processor=processor)

@@ -24,6 +24,7 @@ def flow_euler(
     *,
     shift: float = 1.0,
     sigmas: Sequence[float] | None = None,
+    stochastic: bool = False,
     compat: str | None = "diffusers",
     train_steps: int = 1000,
 ) -> SolverTable:
@@ -32,15 +33,15 @@ def flow_euler(
     ``m`` is the predicted x0. The network is fed ``s * train_steps``. ``sigmas`` (descending, in (0, 1], one a step)
     are shifted once. The default grid is even between 1 and 1 / train_steps; FlowMatchEulerDiscreteScheduler takes its
     ends from levels that are shifted already and then shifts again, which ``compat="diffusers"`` follows and
-    ``compat=None`` does not.
+    ``compat=None`` does not. With ``stochastic`` every step but the last draws new noise: ``x' = (1 - s') x0 + s' z``.
     """
     if compat not in (None, "diffusers"):
         raise UsageError(f"flow-euler: compat is 'diffusers' or None, not {compat!r}")
     if shift <= 0:
         raise UsageError(f"flow-euler: shift is {shift:g}; it must be positive (1 leaves the grid as it is)")
+    if steps < 1:
+        raise UsageError(f"flow-euler: {steps} sampling steps were asked for; at least 1 is needed")
     if sigmas is None:
-        if steps < 1:
-            raise UsageError(f"flow-euler: {steps} sampling steps were asked for; at least 1 is needed")
         ends = np.array([1.0, 1 / train_steps])
         first, last = (shifted(ends, shift) if compat == "diffusers" else ends).tolist()
         grid = np.linspace(first, last, steps)
@@ -52,6 +53,9 @@ def flow_euler(
             raise UsageError("flow-euler: sigmas must descend, from at most 1 to more than 0 (the final 0 is added)")
     here = shifted(grid, shift)
     there = np.append(here[1:], 0.0)
+    cy, cf = np.ones(steps), -here  # x0 = y - s f
+    if stochastic:
+        return one_latent(time=here * train_steps, a=0.0, b=1 - there, c=there, cy=cy, cf=cf)
+    # In terms of x0 the step is x' = (s'/s) x + (1 - s'/s) x0.
     ratio = there / here
-    # x0 = y - s f; in terms of x0 the step is x' = (s'/s) x + (1 - s'/s) x0.
-    return one_latent(time=here * train_steps, a=ratio, b=1 - ratio, c=0.0, cy=np.ones(steps), cf=-here)
+    return one_latent(time=here * train_steps, a=ratio, b=1 - ratio, c=0.0, cy=cy, cf=cf)

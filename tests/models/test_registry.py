@@ -207,6 +207,14 @@ def test_dynamic_shapes_know_multiples_and_names():
             "sd15-unet: variant='fp16' chooses among the files of weights=; name a directory",
         ),
         (
+            lambda: get("scenes-unet", variant="fp16"),
+            "scenes-unet: variant='fp16' chooses among the files of weights=; name a directory",
+        ),
+        (
+            lambda: get("scenes-dit", weights="my/dit"),
+            "scenes-dit has bundled weights and takes no others; name the directory my/dit itself as the source",
+        ),
+        (
             lambda: get("sd15-unet-reduced").example_inputs(batch=0),
             "sd15-unet-reduced: example inputs of batch 0 were asked for; give at least 1",
         ),
