@@ -90,15 +90,14 @@ def optimize_onnx(
 
     parsed = _target(target)
     _check_verify(verify)
-    model = io.read(source)
-    name = str(source) if isinstance(source, (str, Path)) else (model.graph.name or "onnx model")
-    report = Report(source=name, ir="onnx", target=str(parsed))
-    graph = OnnxGraph(model)
-    report.notes.extend(graph.notes())
+    read = io.read(source)
+    report = Report(source=read.source, ir="onnx", target=str(parsed), notes=list(read.notes))
+    graph = OnnxGraph(read.model)
     check = SiteCheck() if verify != "structure" else None
     run_pipeline(graph, "onnx", parsed, report, passes=passes, fuel=fuel, skip=skip, verify=check, dump=dump)
     if check is not None and check.unchecked:
         report.notes.append(f"{check.unchecked} sites are too large to be compared with what they replace")
+    report.notes.extend(graph.notes)
     _finish(report, expect, strict)
     return graph.to_model(), report
 

@@ -132,7 +132,7 @@ def _evaluate(
         if node.op == "call_method":
             seen[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            seen[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            seen[node] = node.target(*args, **kwargs)
     return seen[node]
 
 

@@ -101,7 +101,7 @@ def _run(module: fx.GraphModule, node: fx.Node, results: dict[fx.Node, Any], gen
         kwargs = {k: "cpu" if k == "device" else v for k, v in kwargs.items()}
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     if node.op == "get_attr":
         found: Any = module
         for part in str(node.target).split("."):

@@ -147,7 +147,7 @@ class FxView:
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, at: fx.Node
     ) -> fx.Node:
         """A new ``call_function`` node before ``at``, with fake result, stack trace and the rule's name."""
-        args = torch.fx.node.map_aggregate(args, lambda a: a.number if isinstance(a, Literal) else a)  # type: ignore[assignment]
+        args = torch.fx.node.map_aggregate(args, lambda a: a.number if isinstance(a, Literal) else a)
         with self.graph.inserting_before(at):
             new = self.graph.call_function(target, args, kwargs)
         key = "val" if "val" in at.meta else "example_value"
@@ -155,7 +155,7 @@ class FxView:
         if mode is not None:
             values = torch.fx.node.map_aggregate((args, kwargs), lambda a: fake(a) if isinstance(a, fx.Node) else a)
             with mode, torch.no_grad():
-                new.meta[key] = target(*values[0], **values[1])  # type: ignore[index]
+                new.meta[key] = target(*values[0], **values[1])
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in at.meta:
                 new.meta[name] = at.meta[name]

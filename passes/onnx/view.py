@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
+from onnx import helper
 
 from hasten.errors import HastenError
 from hasten.passes.onnx import folding, tables, types
@@ -136,3 +137,9 @@ class OnnxView:
 
     def substitute(self, old: str, new: str) -> None:
         self.owner.substitute(self._tensors[old], self._tensors[new])
+
+    def number(self, number: float, *, like: str, at: str) -> str:
+        return self.emit_constant(np.asarray(number, helper.tensor_dtype_to_np_dtype(types.onnx_dtype(self._tensors[like]))), at=at)
+
+    def discard(self) -> None:
+        """Nothing to do: a node that was emitted and never substituted counts as no user and is left out by `clean`."""

@@ -44,7 +44,7 @@ class Plan(Generic[V]):
     masks: Masks[V]
     causal: bool = False
     out: tuple[int, ...] = ()
-    flat: tuple[int, ...] | None = None
+    flat: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,17 @@ def _plan(
     factor = scores.factor * first.scale
     operands = []
     for value, axes, wanted, scaled in (*sides, (right[1], right[2], (*batch, column, channel), False)):
-        operand, number, why = _operand(view, value, axes, wanted, rank, scaled)
+        operand, number, refused = _operand(view, value, axes, wanted, rank, scaled)
         if operand is None:
-            return why
+            return refused
         operands.append(operand)
         factor *= number
     query, key, content = operands
     shape = _scores_shape(view, query, key)
     if (why := masks.check(view, shape)) is not None:
         return why
-    out, flat = tuple((*batch, row, channel).index(c) for c in last.out), None
+    out: tuple[int, ...] = tuple((*batch, row, channel).index(c) for c in last.out)
+    flat: tuple[Any, ...] | None = None
     if rank != len(letters):
         if out != tuple(range(len(out))):
             return "the result is transposed while its heads are merged"

@@ -146,9 +146,9 @@ def _walk(view: GraphView[V], value: V, found: Match[V], factor: float, masks: M
         trial = found.copy()
         if op.name == "sub" and op.inputs[1] is not None:
             _enter_row_maximum(view, op.inputs[1], trial)
-        for index, operand in enumerate(op.inputs):
-            if operand is not None:
-                trial.edges[value, index] = operand
+        for index, read in enumerate(op.inputs):
+            if read is not None:
+                trial.edges[value, index] = read
         result = _walk(view, inner, trial, new_factor, new_masks, depth - 1)
         if not isinstance(result, str):
             found.take(trial)
