@@ -165,6 +165,7 @@ def _from_torch(
     from hasten.passes.fx.to_onnx import onnx_from_graph
 
     tell("export", 0.3)
+    assert target.opset is not None, target
     model = onnx_from_graph(flat.module, flat.example_inputs, target.opset, flat.dynamic_shapes)
     rename(model, [t.name for t in flat.inputs], [t.name for t in flat.outputs])
     model, legalised = optimize_onnx(model, target=str(target), passes="legalise")

@@ -7,6 +7,7 @@ run on the example inputs and on a second set, drawn again with the same statist
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ def capture(
     if isinstance(module, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
             raise UsageError("dynamic_shapes: the source is an ExportedProgram, whose sizes are settled already")
+        _refuse_writes(module, "the ExportedProgram")
         return module
     args, kwargs = tuple(args), dict(kwargs or {})
     name = type(module).__name__
@@ -197,13 +199,59 @@ def _check_repeatable(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
 
 
 def _refuse_writes(program: torch.export.ExportedProgram, name: str) -> None:
+    """Refuse a graph that writes to an input, a buffer or a parameter: by its signature, or in place."""
     signature = program.graph_signature
-    for kind, written in (("buffer", signature.buffers_to_mutate), ("input", signature.user_inputs_to_mutate)):
-        if written:
-            raise HastenError(
-                f"cannot capture {name}: it writes to its {kind} {next(iter(written.values()))!r}, and an engine "
-                "keeps no state; return the new value as an output instead"
-            )
+    held = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    for node in program.graph.nodes:
+        for argument in _overwritten(node):
+            source = _storage(argument)
+            if source.op == "placeholder":
+                written.append(source.name)
+    if written:
+        kind, label = (
+            ("buffer", held.get(written[0], written[0]))
+            if written[0] in {*held, *held.values()}
+            else ("input", written[0])
+        )
+        raise HastenError(
+            f"cannot capture {name}: it writes to its {kind} {label!r}, and an engine keeps no state; return the "
+            "new value as an output instead"
+        )
+
+
+def _overwritten(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    for argument, spelled in _with_schema(node):
+        if spelled.alias_info is not None and spelled.alias_info.is_write and hasattr(argument, "op"):
+            yield argument
+
+
+def _storage(node: torch.fx.Node) -> torch.fx.Node:
+    """Follow views and in-place results back to the value whose memory they share."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            node = node.args[0]
+            continue
+        shared = [a for a, spelled in _with_schema(node) if spelled.alias_info is not None and hasattr(a, "op")]
+        if not shared or not any(r.alias_info is not None for r in node.target._schema.returns):
+            return node
+        node = shared[0]
+    return node
+
+
+def _with_schema(node: torch.fx.Node) -> list[tuple[Any, Any]]:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    by_name = {a.name: a for a in schema.arguments}
+    return [
+        *zip(node.args, schema.arguments, strict=False),
+        *((value, by_name[key]) for key, value in node.kwargs.items() if key in by_name),
+    ]
 
 
 def _outputs(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,11 @@ def fix_shapes(model: onnx.ModelProto, profiles: Mapping[str, Profile]) -> None:
 
 
 def rename(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Rename the graph's inputs and outputs in place, by position, everywhere they are used."""
+    """Rename the graph's inputs and outputs in place, by position, everywhere they are used.
+
+    A graph cannot give an output the name of an input, as diffusers' UNets do with ``sample``: the output is then
+    called ``out_sample`` in the graph, and runners tell outputs by position.
+    """
     found_in = [v.name for v in model.graph.input]
     found_out = [v.name for v in model.graph.output]
     if len(found_in) != len(inputs) or len(found_out) != len(outputs):
@@ -64,7 +68,8 @@ def rename(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]
             f"the export has inputs {', '.join(found_in)} and outputs {', '.join(found_out)}; the captured graph has "
             f"{', '.join(inputs)} and {', '.join(outputs)}"
         )
-    names = {**dict(zip(found_out, outputs, strict=True)), **dict(zip(found_in, inputs, strict=True))}
+    apart = [f"out_{name}" if name in inputs else name for name in outputs]
+    names = {**dict(zip(found_out, apart, strict=True)), **dict(zip(found_in, inputs, strict=True))}
     names = {old: new for old, new in names.items() if old != new}
     if not names:
         return

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.backends.manifest import Manifest
-from hasten.backends.shapes import evaluate
+from hasten.backends.shapes import bound, evaluate
 from hasten.errors import HastenError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -44,15 +44,15 @@ def weight_bytes(model: onnx.ModelProto) -> int:
     return sum(tensor.ByteSize() for tensor in _tensors(model))
 
 
-def save_model(model: onnx.ModelProto, directory: Path, *, external_bytes: int = EXTERNAL_BYTES) -> list[str]:
-    """Write ``model.onnx`` into ``directory``; above ``external_bytes`` its weights go into ``model.onnx.data``.
+def save_model(model: onnx.ModelProto, directory: Path, *, external_bytes: int | None = None) -> list[str]:
+    """Write ``model.onnx`` into ``directory``, and weights of more than ``external_bytes`` into ``model.onnx.data``.
 
     Returns the file names. The weights of ``model`` are moved out of it in the second case: it is used up.
     """
     import onnx
 
     size = weight_bytes(model)
-    if size <= external_bytes:
+    if size <= (EXTERNAL_BYTES if external_bytes is None else external_bytes):
         onnx.save(model, str(directory / ARTIFACT))
         return [ARTIFACT]
     if (free := shutil.disk_usage(directory).free) < size:
@@ -88,11 +88,12 @@ class SessionRunner:
         self._manifest = manifest
         self._device = device
         self._session = _session(artifact, device, threads=threads)
-        self._names = [t.name for t in manifest.outputs]
+        # By position: in the graph an output cannot have an input's name.
+        self._outputs = [value.name for value in self._session.get_outputs()]
 
     def run_numpy(self, inputs: list[npt.NDArray[Any]], /) -> list[npt.NDArray[Any]]:
         feed = {spec.name: array for spec, array in zip(self._manifest.inputs, inputs, strict=True)}
-        return self._session.run(self._names, feed)
+        return self._session.run(self._outputs, feed)
 
     def run_torch(self, inputs: list[torch.Tensor], /) -> list[torch.Tensor]:
         import torch
@@ -100,17 +101,17 @@ class SessionRunner:
         binding = self._session.io_binding()
         symbols: dict[str, int] = {}
         for spec, tensor in zip(self._manifest.inputs, inputs, strict=True):
-            symbols.update((d, n) for d, n in zip(spec.shape, tensor.shape, strict=True) if isinstance(d, str))
+            symbols.update(bound(spec.shape, tensor.shape))
             binding.bind_input(spec.name, *self._place(tensor.shape, spec.dtype, tensor))
         outputs: list[torch.Tensor | None] = []
-        for spec in self._manifest.outputs:
+        for name, spec in zip(self._outputs, self._manifest.outputs, strict=True):
             sizes = [evaluate(d, symbols) for d in spec.shape]
             if any(s is None for s in sizes):  # only the run itself can tell
-                binding.bind_output(spec.name, "cpu")
+                binding.bind_output(name, "cpu")
                 outputs.append(None)
             else:
                 outputs.append(torch.empty(sizes, dtype=getattr(torch, spec.dtype), device=self._device))
-                binding.bind_output(spec.name, *self._place(sizes, spec.dtype, outputs[-1]))
+                binding.bind_output(name, *self._place(sizes, spec.dtype, outputs[-1]))
         if self._device == "cuda":
             torch.cuda.current_stream().synchronize()
         self._session.run_with_iobinding(binding)
@@ -138,7 +139,7 @@ def _session(artifact: Path, device: str, *, threads: int | None) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(artifact), options, providers=[provider])
     except Exception as error:
-        raise HastenError(f"ONNX Runtime cannot run '{artifact}' on {device}: {_first_line(error)}") from error
+        raise HastenError(f"ONNX Runtime cannot run {artifact.name} on {device}: {_reason(error)}") from error
     if provider not in session.get_providers():  # it falls back on its own when the CUDA libraries do not load
         raise MissingPackageError(
             f"ONNX Runtime's {provider} did not start: check the GPU driver and pip install onnxruntime-gpu[cuda,cudnn]"
@@ -152,8 +153,10 @@ def _element_type(dtype: str) -> Any:
     return onnx.TensorProto.BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _reason(error: Exception) -> str:
+    """Keep what it says after its own code and the path, which is a temporary one during a build."""
+    text = str(error).strip().splitlines()[0]
+    return text.partition("failed:")[2] or text
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

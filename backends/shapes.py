@@ -112,6 +112,21 @@ def multiple(dim: Dim) -> tuple[int, str] | None:
     return (int(factor), symbol) if star and factor.isdecimal() and symbol.isidentifier() else None
 
 
+def bound(shape: Sequence[Dim], sizes: Sequence[int]) -> dict[str, int]:
+    """Read the values of symbols off an array of that shape.
+
+    >>> bound(("b", 4, "8*h"), (2, 4, 24))
+    {'b': 2, 'h': 3}
+    """
+    found = {}
+    for dim, size in zip(shape, sizes, strict=True):
+        if (scaled := multiple(dim)) is not None:
+            found[scaled[1]] = size // scaled[0]
+        elif isinstance(dim, str):
+            found[dim] = size
+    return found
+
+
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

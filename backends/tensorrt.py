@@ -189,7 +189,10 @@ class PlanRunner:
             )
         self._context = self._engine.create_execution_context()
         self._manifest = manifest
-        self._dtypes = {t.name: getattr(torch, t.dtype) for t in manifest.outputs}
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        # By position: in the graph an output cannot have an input's name.
+        self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self._dtypes = [getattr(torch, t.dtype) for t in manifest.outputs]
 
     def run_torch(self, inputs: list[torch.Tensor], /) -> list[torch.Tensor]:
         import torch
@@ -198,10 +201,10 @@ class PlanRunner:
             self._context.set_input_shape(spec.name, tuple(tensor.shape))
             self._context.set_tensor_address(spec.name, tensor.data_ptr())
         outputs = []
-        for spec in self._manifest.outputs:
-            shape = tuple(self._context.get_tensor_shape(spec.name))
-            outputs.append(torch.empty(shape, dtype=self._dtypes[spec.name], device=inputs[0].device))
-            self._context.set_tensor_address(spec.name, outputs[-1].data_ptr())
+        for name, dtype in zip(self._outputs, self._dtypes, strict=True):
+            shape = tuple(self._context.get_tensor_shape(name))
+            outputs.append(torch.empty(shape, dtype=dtype, device=inputs[0].device))
+            self._context.set_tensor_address(name, outputs[-1].data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise HastenError(f"{self._manifest.target} engine: the run failed; the runtime's own message is above")
         return outputs
