@@ -389,6 +389,7 @@ READ: dict[tuple[str, str], Reader] = {
     **{("", op): reader for op, reader in _STANDARD.items()},
     **{("com.microsoft", op): reader for op, reader in _CONTRIB.items()},
     ("com.microsoft", "Gelu"): _contrib_gelu,
+    ("hasten", "Gelu"): _gelu,
 }
 """Domain and operator -> how it is read."""
 
@@ -396,7 +397,7 @@ READ: dict[tuple[str, str], Reader] = {
 def read(view: OnnxView, value: str) -> OpView[str] | None:
     """What makes ``value``, in the neutral vocabulary."""
     node = view.node(value)
-    if node is None or any(a.ref_attr_name for a in node.template.attribute):
+    if node is None or view.is_final(value) or any(a.ref_attr_name for a in node.template.attribute):
         return None
     domain = node.domain or ""
     reader = READ.get(("" if domain == "ai.onnx" else domain, node.op))

@@ -81,7 +81,7 @@ class SoftmaxAttention:
             if why is None:
                 found.take(trial)
                 return None
-            if "softmax" in trial.ops and len(trial.ops) > deepest:
+            if "softmax" in trial.ops and len(trial.ops) > deepest and not apart:  # the product itself is tried next
                 reason, found.ops, deepest = why, trial.ops, len(trial.ops)
         return reason
 
