@@ -19,7 +19,7 @@ from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
 from hasten.backends.manifest import Manifest, TensorSpec, write_manifest
 from hasten.backends.onnx_signature import fix_shapes, rename, signature
-from hasten.backends.shapes import Profile, Shapes, check_profiles, parse_profiles
+from hasten.backends.shapes import Profile, Shapes, check_profiles, format_shape, parse_profiles
 from hasten.backends.target import DTYPES, Target, parse_target, supports
 from hasten.errors import UsageError, nearest, need
 
@@ -234,8 +234,8 @@ def _lower_onnx(
     for spec in product.inputs:
         if spec.name not in profiles and any(isinstance(size, str) for size in spec.shape):
             raise UsageError(
-                f"target {target}: input {spec.name!r} has dynamic sizes {spec.shape}; give shapes, three of "
-                "them for min, opt and max, or one to fix them"
+                f"target {target}: input {spec.name!r} has dynamic sizes {format_shape(spec.shape)}; give "
+                "shapes, three of them for min, opt and max, or one to fix them"
             )
     files = ort.save_model(prepare_for_tensorrt(model), folder)
     dynamic = {s.name: profiles[s.name] for s in product.inputs if any(isinstance(size, str) for size in s.shape)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,7 @@ def diagnose(code: int | None, peak: int | None, timeout: float, errors: str) ->
         return f"the build took longer than {timeout:g} s and was stopped{size}; raise timeout or build a smaller graph"
     if code in (-11, 139):
         return (
-            f"the builder crashed (segmentation fault){size}; it is known to when query, key and value of an "
+            f"the builder crashed (segmentation fault){size}; it is known to when the query and key of an "
             "attention are one tensor: hasten reduce finds the part of the graph that it cannot take"
         )
     if code in (-6, 134):
@@ -151,22 +152,24 @@ def _environment() -> dict[str, str]:
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, int | None]:
     deadline = time.monotonic() + timeout
-    if not hasattr(os, "wait4"):
-        try:
-            return process.wait(timeout), None
-        except subprocess.TimeoutExpired:
-            return None, None
-    killed = False
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            unit = 1 if sys.platform == "darwin" else 1024
-            return None if killed else process.returncode, usage.ru_maxrss * unit
-        if time.monotonic() > deadline and not killed:
-            process.kill()
-            killed = True
+    peak: int | None = None
+    while process.poll() is None:
+        # Not getrusage: what it reports of a child begins with the size of the process that it was forked from.
+        peak = _peak_bytes(process.pid) or peak
+        if time.monotonic() > deadline:
+            return None, peak
         time.sleep(0.02)
+    return process.returncode, peak
+
+
+def _peak_bytes(pid: int) -> int | None:
+    """Read a process's largest resident size; None where there is no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 class PlanRunner:

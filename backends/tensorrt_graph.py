@@ -47,12 +47,16 @@ def prepare_for_tensorrt(model: onnx.ModelProto) -> onnx.ModelProto:
     constants = {t.name: t for t in model.graph.initializer}
     functions = {(f.domain, f.name): f for f in model.functions}
     for place in _places(model.graph.node, functions, in_control_flow=False, seen=set()):
+        numbers: dict[str, int] = {}
         for node in list(place.nodes):
             _check_known(node, functions)
             if (node.domain, node.op_type) in _ATTENTION:
                 _check_attention(node, place)
                 _decomposable(node)
-                _distinct_inputs(node, place.nodes)
+                numbers = numbers or _value_numbers(place.nodes)
+                query, key = node.input[0], node.input[1]
+                if key and numbers.get(query, query) == numbers.get(key, key):
+                    _part_key_from_query(node, place.nodes)
             elif node.op_type == "TopK" and node.domain in _STANDARD:
                 _check_topk(node, constants)
     return model
@@ -111,17 +115,31 @@ def _decomposable(node: onnx.NodeProto) -> None:
         node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
 
 
-def _distinct_inputs(node: onnx.NodeProto, nodes: Any) -> None:
+def _value_numbers(nodes: Any) -> dict[str, int]:
+    """Give equal numbers to values that the builder will find equal: it drops Identity and merges equal nodes."""
+    numbers: dict[str, int] = {}
+    seen: dict[Any, int] = {}
+    for node in nodes:
+        inputs = tuple(numbers.setdefault(name, len(numbers) + len(seen)) for name in node.input)
+        attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+        for index, name in enumerate(node.output):
+            if node.op_type == "Identity":
+                numbers[name] = inputs[0]
+            else:
+                key = (node.domain, node.op_type, attributes, inputs, index)
+                numbers[name] = seen.setdefault(key, len(numbers) + len(seen))
+    return numbers
+
+
+def _part_key_from_query(node: onnx.NodeProto, nodes: Any) -> None:
+    """Put Max(k, k) before the key: it changes no value, NaN included, and the builder does not see through it."""
     from onnx import helper
 
-    for index in range(1, min(3, len(node.input))):
-        name = node.input[index]
-        if not name or name not in list(node.input)[:index]:
-            continue
-        copy, label = f"{name}_{node.output[0]}_{'qkv'[index]}", f"{node.name or node.output[0]}_{'qkv'[index]}"
-        at = next(i for i, other in enumerate(nodes) if other is node or other == node)
-        nodes.insert(at, helper.make_node("Identity", [name], [copy], name=label))
-        nodes[at + 1].input[index] = copy
+    name = node.input[1]
+    copy, label = f"{name}_{node.output[0]}_key", f"{node.name or node.output[0]}_key"
+    at = next(i for i, other in enumerate(nodes) if other == node)
+    nodes.insert(at, helper.make_node("Max", [name, name], [copy], name=label))
+    nodes[at + 1].input[1] = copy
 
 
 def _check_topk(node: onnx.NodeProto, constants: dict[str, Any]) -> None:

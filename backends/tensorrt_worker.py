@@ -41,7 +41,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         for name, shapes in request["profiles"].items():
             profile.set_shape(name, *map(tuple, shapes))
         if config.add_optimization_profile(profile) < 0:
-            return {"error": f"the shapes do not fit the graph: {log.last()}"}
+            return {"error": f"the shapes do not fit the graph: {log.last() or 'no reason given'}"}
     layers: dict[str, int] = {}
     for index in range(network.num_layers):
         kind = str(network.get_layer(index).type).rpartition(".")[2]
