@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -24,4 +26,9 @@ def type_of(name: str) -> int:
     >>> type_of("float16") == onnx.TensorProto.FLOAT16
     True
     """
-    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(getattr(ml_dtypes, name, name))))
+    return int(onnx.helper.np_dtype_to_tensor_dtype(numpy_type(name)))
+
+
+def numpy_type(name: str) -> np.dtype[Any]:
+    """The numpy type called ``name``; ml_dtypes' where numpy has none."""
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -31,6 +31,10 @@ def write(
         if scope.is_function:
             writer.function(scope, model.functions.add())
     writer.bodies.attach(model)
+    if functions.DOMAIN not in writer.domains:
+        ours = [o for o in model.opset_import if o.domain == functions.DOMAIN]
+        for entry in ours:
+            model.opset_import.remove(entry)
     return model
 
 
@@ -49,6 +53,7 @@ class _Writer:
         self.owner, self.strip, self.infos = owner, strip, infos
         self.bodies = bodies
         self.left_out: dict[str, onnx.ValueInfoProto] = {}
+        self.domains: set[str] = set()
         self.homes: dict[int, list[Any]] = {}
         for tensor, home in _homes(owner.scopes):
             self.homes.setdefault(id(home), []).append(tensor)
@@ -79,6 +84,7 @@ class _Writer:
             proto.CopyFrom(node.template)
         del proto.input[:], proto.output[:]
         proto.name = node.name
+        self.domains.add(proto.domain)
         proto.input.extend(t.name for t in node.inputs)
         proto.output.extend(t.name for t in node.outputs)
         if functions.is_fused(proto):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper
 
@@ -28,13 +29,16 @@ class Signature:
     present: tuple[bool, ...]
     dtypes: tuple[str | None, ...]
     shapes: tuple[tuple[Any, ...] | None, ...] = ()
+    native: bool = False
 
     def has(self, slot: int) -> bool:
         return slot < len(self.present) and self.present[slot]
 
     @property
     def compute(self) -> str:
-        """The type that the body computes in."""
+        """The type that the body computes in: float32, float64 for float64, or as it comes where ``native``."""
+        if self.native and self.dtypes[0] is not None:
+            return self.dtypes[0]
         return "float64" if self.dtypes[0] == "float64" else "float32"
 
     def shape(self, slot: int) -> tuple[Any, ...] | None:
@@ -56,7 +60,7 @@ class Body:
         return outputs
 
     def constant(self, value: Any, dtype: str = "int64") -> str:
-        array = np.asarray(value, dtype=dtype)
+        array = np.asarray(value, dtype=element.numpy_type(dtype))
         return self.op("Constant", value=onnx.numpy_helper.from_array(array))
 
     def cast(self, x: str, to: str) -> str:
@@ -125,6 +129,8 @@ def _normalise(body: Body, grouped: str, groups: int, eps: float, dtype: str) ->
 def group_norm_act(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
     """``act((group_norm(X) * weight + bias) * scale + shift)``; X (B, C, *spatial) is seen as (B, C, L)."""
     dtype, groups = signature.compute, int(attrs["groups"])
+    if signature.native and body.opset >= 21 and _channels(signature) is not None:
+        return _group_normalization(body, attrs, signature)
     x = _up(body, "X", signature, 0)
     y = _normalise(body, body.op("Reshape", x, body.constant([0, groups, -1])), groups, float(attrs["eps"]), dtype)
     has_affine = any(signature.has(slot) for slot in (1, 2, 3, 4))
@@ -149,6 +155,27 @@ def group_norm_act(body: Body, attrs: dict[str, Any], signature: Signature) -> s
         y = y if offset is None else body.op("Add", y, offset)
     y = body.activation(y, attrs["act"], dtype)
     return _down(body, body.op("Reshape", y, body.op("Shape", "X")), signature)
+
+
+def _channels(signature: Signature) -> int | None:
+    """C where it is static and the affine, as far as there is one, is a vector."""
+    shape = signature.shape(0)
+    return shape[1] if shape is not None and isinstance(shape[1], int) else None
+
+
+def _group_normalization(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
+    """With the standard operator (float32 statistics by its ``stash_type``), then scale, shift and activation."""
+    channels, dtype = _channels(signature), signature.compute
+    shape = signature.shape(0)
+    assert shape is not None
+    weight = _up(body, "weight", signature, 1) if signature.has(1) else body.constant(np.ones(channels or 0), dtype)
+    bias = _up(body, "bias", signature, 2) if signature.has(2) else body.constant(np.zeros(channels or 0), dtype)
+    y = body.op("GroupNormalization", "X", weight, bias, num_groups=int(attrs["groups"]), epsilon=float(attrs["eps"]))
+    for slot, name, op in ((3, "scale", "Mul"), (4, "shift", "Add")):
+        if signature.has(slot):
+            ones = body.constant([0, 0, *(1,) * (len(shape) - 2)])
+            y = body.op(op, y, body.op("Reshape", _up(body, name, signature, slot), ones))
+    return body.activation(y, attrs["act"], dtype)
 
 
 def geglu(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
@@ -178,22 +205,12 @@ def attention(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
     size = body.op("Concat", body.dim("Q", 0, 4), body.dim("Q", 1, 4), body.dim("Q", 2, 4), body.dim("K", 2, 4), axis=0)
     if grouped:
         scores = body.op("Reshape", scores, size)
-    nothing = body.constant(-np.inf, dtype)
-    if attrs["causal"]:
-        rows, columns = (
-            body.op("Range", body.constant(0), body.op("Squeeze", body.dim(name, 2, 4)), body.constant(1))
-            for name in "QK"
-        )
-        scores = body.op("Where", body.op("Less", body.unsqueeze(rows, 1), columns), nothing, scores)
-    if signature.has(3):
-        if signature.dtypes[3] == "bool":
-            scores = body.op("Where", "mask", scores, nothing)
-        else:
-            scores = body.op("Add", scores, _up(body, "mask", signature, 3))
-    weights = body.op("Softmax", scores, axis=3)
-    if signature.has(3):
-        alone = body.op("Equal", body.reduce("ReduceMax", scores, 3), nothing)
-        weights = body.op("Where", alone, body.constant(0.0, dtype), weights)
+    mask, is_bool = _mask(body, attrs, signature)
+    if mask is not None and is_bool:
+        scores = body.op("Where", mask, scores, body.constant(-np.inf, dtype))
+    elif mask is not None:
+        scores = body.op("Add", scores, mask)
+    weights = _softmax(body, scores, signature)
     if grouped:
         folded = body.op(
             "Concat", body.dim("K", 0, 4), body.dim("K", 1, 4), body.constant([-1]), body.dim("K", 2, 4), axis=0
@@ -203,7 +220,38 @@ def attention(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
     if grouped:
         shape = [body.dim("Q", axis, 4) for axis in (0, 1, 2)]
         y = body.op("Reshape", y, body.op("Concat", *shape, body.dim("V", 3, 4), axis=0))
+    if mask is not None and signature.has(3):
+        # A causal mask alone leaves every row its first key.
+        numbers = body.cast(mask, "float32") if is_bool else mask
+        lowest = body.constant(0, "float32") if is_bool else body.constant(-np.inf, dtype)
+        alone = body.op("Equal", body.reduce("ReduceMax", numbers, -1), lowest)
+        y = body.op("Where", alone, body.constant(0, dtype), y)
     return _down(body, y, signature)
+
+
+def _softmax(body: Body, scores: str, signature: Signature) -> str:
+    """Over the last axis, in float32 at least."""
+    if signature.compute not in ("float16", "bfloat16"):
+        return body.op("Softmax", scores, axis=3)
+    return body.cast(body.op("Softmax", body.cast(scores, "float32"), axis=3), signature.compute)
+
+
+def _mask(body: Body, attrs: dict[str, Any], signature: Signature) -> tuple[str | None, bool]:
+    """One mask of the given and the causal one, and whether it is bool (True: may attend) or added to the scores."""
+    given = signature.has(3)
+    is_bool = not given or signature.dtypes[3] == "bool"
+    mask = None if not given else "mask" if is_bool else _up(body, "mask", signature, 3)
+    if not attrs["causal"]:
+        return mask, is_bool
+    rows, columns = (
+        body.op("Range", body.constant(0), body.op("Squeeze", body.dim(name, 2, 4)), body.constant(1)) for name in "QK"
+    )
+    before = body.op("Not", body.op("Less", body.unsqueeze(rows, 1), columns))
+    if mask is None:
+        return before, True
+    if is_bool:
+        return body.op("And", mask, before), True
+    return body.op("Where", before, mask, body.constant(-np.inf, signature.compute)), False
 
 
 def _may_be_grouped(signature: Signature) -> bool:
@@ -283,7 +331,7 @@ class Attached:
 
     def overload(self, proto: onnx.NodeProto, signature: Signature) -> str:
         """The name under which the node's body is found."""
-        attrs = {a.name: _plain(helper.get_attribute_value(a)) for a in proto.attribute}
+        attrs = {a.name: plain(helper.get_attribute_value(a)) for a in proto.attribute}
         of_op = self.bodies.setdefault(proto.op_type, {})
         body = write(proto.op_type, attrs, signature, self.opset)
         key = body.SerializeToString(deterministic=True).hex()
@@ -326,7 +374,12 @@ def clear_overloads(model: onnx.ModelProto, ops: set[str]) -> None:
         walk(function.node)
 
 
-def _plain(value: Any) -> Any:
+def scalar(value: float, dtype: str) -> npt.NDArray[Any]:
+    """A number as an array without axes."""
+    return np.asarray(value, dtype=element.numpy_type(dtype))
+
+
+def plain(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 

@@ -89,6 +89,9 @@ class OnnxGraph:
         self.tentative: set[int] = set()
         self.dead: set[int] = set()
         self.notes: list[str] = []
+        self.target = ""
+        self.renames: list[tuple[Any, str]] = []
+        self.made: set[int] = set()
         self._enter(imported, model.graph, "", None)
         for function, template in zip(imported.functions, kept, strict=True):
             self._enter(function, template, f"{template.domain}.{template.name}", None)
@@ -137,6 +140,7 @@ class OnnxGraph:
         for scope in self.scopes:
             scope.flush()
         self._remove_dead()
+        self._inherit_names()
         for scope in self.scopes:
             self._restore_output_names(scope)
         for scope in self.scopes:
@@ -193,6 +197,7 @@ class OnnxGraph:
         name = _unique(f"{base}/{op}", self.node_names)
         if isinstance(outputs, int):
             outputs = [gs.Variable(self.fresh(f"{name}_out")) for _ in range(outputs)]
+            self.made.update(id(t) for t in outputs)
         operands = [gs.Variable.empty() if t is None else t for t in inputs]
         while operands and operands[-1].name == "":
             operands.pop()
@@ -228,6 +233,8 @@ class OnnxGraph:
             scope.graph.outputs = [new if o is old else o for o in scope.graph.outputs]
         if types.known(old) and not types.known(new) and isinstance(new, gs.Variable):
             new.dtype, new.shape = old.dtype, old.shape
+        if id(new) in self.made:
+            self.renames.append((new, old.name))
         self._prune(old)
 
     def _commit(self, tensor: Any) -> None:
@@ -289,6 +296,20 @@ class OnnxGraph:
                 scope.graph.nodes[:] = kept[::-1]
         self.tentative.clear()
         self.dead.clear()
+
+    def _inherit_names(self) -> None:
+        """A value that stands for one that is gone takes over its name."""
+        present = {id(t): t for s in self.scopes for t in tensors_of(s.graph)}
+        taken = {t.name for t in present.values()}
+        for tensor, wanted in reversed(self.renames):
+            if id(tensor) in present and id(tensor) in self.made and wanted not in taken:
+                taken.discard(tensor.name)
+                taken.add(wanted)
+                tensor.name = wanted
+                self.made.discard(id(tensor))
+        self.renames.clear()
+        self.made.clear()
+        self.names |= taken
 
     def _restore_output_names(self, scope: Scope) -> None:
         """A graph output keeps its name whoever makes it now."""

