@@ -78,9 +78,9 @@ def attention(
     """
     _check(q, k, v, mask)
     if implementation is None:
-        sizes = (_known(n) for n in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
+        n, m, d, dv = (_known(size) for size in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
         masked = mask is not None or causal
-        implementation, _ = select(rule, q.device.type, q.dtype, *sizes, masked=masked, heads=q.shape[1])
+        implementation, _ = select(rule, q.device.type, q.dtype, n, m, d, dv, masked, q.shape[1])
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(
             f"attention: unknown implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}."

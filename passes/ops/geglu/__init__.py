@@ -33,7 +33,7 @@ def _check(x: Tensor, approximate: str) -> None:
 def geglu(x: Tensor, approximate: str = "none", gate_first: bool = False) -> Tensor:
     """The operator's implementation, chosen by device; callers usually take ``torch.ops.hasten.geglu``."""
     _check(x, approximate)
-    if x.device.type == "cuda" and not registry.needs_grad(x):
+    if x.device.type == "cuda" and x.dtype != torch.float64 and not registry.needs_grad(x):
         from hasten.passes.ops.geglu import triton  # Triton is needed on a GPU only
 
         return triton.geglu_triton(x, approximate, gate_first)

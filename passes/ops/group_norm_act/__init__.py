@@ -8,6 +8,8 @@ memory format. Group normalisation: Wu and He, arXiv 1803.08494. The variance is
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,13 +49,11 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, a
         raise UsageError(f"group_norm_act: the input has shape {tuple(x.shape)}; give (batch, channels, ...)")
     channels = x.shape[1]
     if groups < 1 or channels % groups:
-        raise UsageError(
-            f"group_norm_act: {channels} channels cannot be split into {groups} groups; groups must divide them"
-        )
+        raise UsageError(f"group_norm_act: {channels} channels cannot be split into {groups} groups; give a divisor")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and tuple(value.shape) != (channels,):
             raise UsageError(
-                f"group_norm_act: {name} has shape {tuple(value.shape)}; the input's channels ask for ({channels},)"
+                f"group_norm_act: {name} has shape {tuple(value.shape)}; the channels ask for ({channels},)"
             )
 
 
@@ -70,7 +70,7 @@ def group_norm_act(
     """The operator's implementation, chosen by device; callers usually take ``torch.ops.hasten.group_norm_act``."""
     _check(x, weight, bias, groups, act)
     scale, shift = _per_channel("scale", scale, x), _per_channel("shift", shift, x)
-    if x.device.type == "cuda" and not registry.needs_grad(x, weight, bias, scale, shift):
+    if x.device.type == "cuda" and x.dtype != torch.float64 and not registry.needs_grad(x, weight, bias, scale, shift):
         from hasten.passes.ops.group_norm_act import triton  # Triton is needed on a GPU only
 
         return triton.group_norm_act_triton(x, weight, bias, scale, shift, groups, eps, act)
@@ -90,7 +90,7 @@ def reference(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The definition, in ``dtype``, with the mean taken off before squares are summed (two passes)."""
-    wide = x.to(dtype).reshape(x.shape[0], groups, -1)
+    wide = x.to(dtype).reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
     centred = wide - wide.mean(-1, keepdim=True)
     y = (centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)).reshape(x.shape)
     ones = (1,) * (x.ndim - 2)
