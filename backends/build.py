@@ -257,6 +257,9 @@ def _lower_onnx(
     )
 
 
+_FILES = {".onnx": "onnx", ".onnxtxt": "onnx", ".pt2": "pt2"}
+
+
 def _kind(source: Any, weights: Any) -> str:
     """``onnx``, ``module``, ``program``, ``pt2`` or ``name``."""
     if weights is not None and not isinstance(source, str):
@@ -266,10 +269,10 @@ def _kind(source: Any, weights: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         suffix = Path(text).suffix
-        if suffix in (".onnx", ".pt2"):
+        if suffix in _FILES:
             if not Path(text).is_file():
                 raise UsageError(f"source '{text}': there is no such file")
-            return suffix[1:]
+            return _FILES[suffix]
         if isinstance(source, str):
             return "name"
         raise UsageError(f"source '{text}': a path ends in .onnx or .pt2, or is a diffusers directory given as text")

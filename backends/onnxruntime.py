@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 ARTIFACT = "model.onnx"
-WEIGHTS = "model.onnx.data"
-EXTERNAL_BYTES = 1_500_000_000
-"""Models with more weights keep them in a second file: one protobuf message holds at most 2 GiB."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -39,34 +34,11 @@ def require_provider(device: str) -> str:
     return provider
 
 
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Count the bytes of all initializers, subgraphs and function bodies included."""
-    return sum(tensor.ByteSize() for tensor in _tensors(model))
+def save_model(model: onnx.ModelProto, directory: Path) -> list[str]:
+    """Write ``model.onnx`` into ``directory``, large weights into a file beside it; returns the file names."""
+    from hasten.passes.onnx import io
 
-
-def save_model(model: onnx.ModelProto, directory: Path, *, external_bytes: int | None = None) -> list[str]:
-    """Write ``model.onnx`` into ``directory``, and weights of more than ``external_bytes`` into ``model.onnx.data``.
-
-    Returns the file names. The weights of ``model`` are moved out of it in the second case: it is used up.
-    """
-    import onnx
-
-    size = weight_bytes(model)
-    if size <= (EXTERNAL_BYTES if external_bytes is None else external_bytes):
-        onnx.save(model, str(directory / ARTIFACT))
-        return [ARTIFACT]
-    if (free := shutil.disk_usage(directory).free) < size:
-        raise HastenError(f"the weights take {size} bytes and the disk of '{directory.parent}' has {free} left")
-    onnx.save(
-        model,
-        str(directory / ARTIFACT),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=WEIGHTS,
-        size_threshold=1024,
-        convert_attribute=False,
-    )
-    return [ARTIFACT, WEIGHTS]
+    return [file.name for file in io.write(model, directory / ARTIFACT)]
 
 
 def check_loads(directory: Path, device: str) -> None:
@@ -157,23 +129,3 @@ def _reason(error: Exception) -> str:
     """Keep what it says after its own code and the path, which is a temporary one during a build."""
     text = str(error).strip().splitlines()[0]
     return text.partition("failed:")[2] or text
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from _graph_tensors(graph)
