@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from hasten.passes.onnx.element import numpy_type
+
 if TYPE_CHECKING:
     from hasten.passes.onnx.view import OnnxView
 
@@ -24,7 +26,6 @@ FOLDABLE = frozenset(
         "Add",
         "And",
         "Cast",
-        "CastLike",
         "Ceil",
         "Clip",
         "Concat",
@@ -83,6 +84,19 @@ FOLDABLE = frozenset(
 """Standard operators that are computed here: they read tensors, write tensors and draw no random numbers."""
 
 
+def needs(view: OnnxView, value: str) -> list[str]:
+    """The operands whose content decides the value's content; none where one is known not to be constant."""
+    made_by = view.tensor(value).inputs
+    if not made_by or made_by[0].domain not in (None, "", "ai.onnx"):
+        return []
+    node = made_by[0]
+    if node.op == "CastLike":
+        return [str(node.inputs[0].name)]
+    if node.op not in FOLDABLE or any(t.name and not t.inputs and not isinstance(t, gs.Constant) for t in node.inputs):
+        return []
+    return [t.name for t in node.inputs if t.name]
+
+
 def evaluate(view: OnnxView, value: str) -> npt.NDArray[Any] | None:
     """The value's content, or None where it depends on an input or is larger than `LARGEST`."""
     if value in view.owner.overridable:
@@ -97,6 +111,11 @@ def evaluate(view: OnnxView, value: str) -> npt.NDArray[Any] | None:
         return None
     if node.op == "Constant":
         return _constant_node(node)
+    if node.op == "CastLike":
+        # Only the type of the second operand matters.
+        content, wanted = view.constant(node.inputs[0].name), view.dtype(value)
+        small = content is not None and content.size <= COMPUTED and wanted is not None
+        return content.astype(numpy_type(str(wanted))) if small and content is not None else None
     if node.op == "Shape":
         return _static_shape(view, node)
     if node.op == "Size":
@@ -201,6 +220,7 @@ def _compute(view: OnnxView, node: Any, operands: list[Any], value: str) -> npt.
         return None
     proto = onnx.NodeProto()
     proto.CopyFrom(node.template)
+    del proto.input[:], proto.output[:]
     if any(a.ref_attr_name for a in proto.attribute):
         return None
     names = [f"i{n}" if o is not None else "" for n, o in enumerate(operands)]

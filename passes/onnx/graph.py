@@ -133,7 +133,10 @@ class OnnxGraph:
 
     def views(self) -> Iterable[OnnxView]:
         """The main graph, branches and bodies, then local functions."""
-        return [OnnxView(self, scope) for scope in self.scopes]
+        # One at a time: what is done in one graph is seen by the views of the graphs inside it.
+        for scope in list(self.scopes):
+            if scope in self.scopes:
+                yield OnnxView(self, scope)
 
     def clean(self) -> None:
         """Remove what nothing reads, give graph outputs their names back, restore topological order, infer types."""
@@ -146,6 +149,9 @@ class OnnxGraph:
         for scope in self.scopes:
             _sort(scope)
         self.infer()
+
+    def finish(self) -> None:
+        """Nothing to do: `to_model` writes the graph whenever it is asked."""
 
     def check(self) -> None:
         from hasten.passes.onnx.verify import verify

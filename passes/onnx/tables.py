@@ -161,9 +161,17 @@ def _einsum(call: Call) -> OpView[str] | None:
     return OpView("einsum", tuple(t.name for t in call.node.inputs), {"equation": equation})
 
 
+_ATTENTION_ATTRIBUTES = {
+    "scale", "is_causal", "q_num_heads", "kv_num_heads", "softmax_precision", "qk_matmul_output_mode", "softcap",
+}  # fmt: skip
+"""What is understood; later opsets add windows and more."""
+
+
 def plain_attention(view: OnnxView, value: str) -> bool:
     """Whether ``value`` is the one used output of an Attention without a cache, a soft cap or a float64 softmax."""
     call = Call(view, view.node(value), value)
+    if not set(call.node.attrs) <= _ATTENTION_ATTRIBUTES:
+        return False
     if any(call.input(slot) is not None for slot in (4, 5, 6)) or call.attr("softcap", 0.0) != 0.0:
         return False
     if call.attr("softmax_precision", 1) == onnx.TensorProto.DOUBLE and view.dtype(value) != "float64":
@@ -402,7 +410,7 @@ _STANDARD: dict[str, Reader] = {
     "Pow": _operands("pow", 2), "Neg": _operands("neg", 1), "Exp": _operands("exp", 1), "Erf": _operands("erf", 1),
     "Tanh": _operands("tanh", 1), "Sqrt": _operands("sqrt", 1), "Sigmoid": _operands("sigmoid", 1),
     "Not": _operands("logical_not", 1), "And": _operands("logical_and", 2), "Or": _operands("logical_or", 2),
-    "Equal": _operands("eq", 2), "Where": _operands("where", 3), "Identity": _operands("identity", 1),
+    "Sum": _operands("add", 2), "Equal": _operands("eq", 2), "Where": _operands("where", 3), "Identity": _operands("identity", 1),
     "Reciprocal": _reciprocal,
     "Gelu": _gelu, "Swish": _swish,
     "Softmax": _softmax, "Cast": _cast, "CastLike": _cast, "Dropout": _dropout,

@@ -25,9 +25,9 @@ class OnnxView:
     def __init__(self, owner: OnnxGraph, scope: Scope) -> None:
         self.owner, self.scope, self.rule = owner, scope, ""
         self.opset = owner.opset
-        scope.flush()
         self._tensors: dict[str, Any] = {}
         for around in reversed(scope.chain()):
+            around.flush()
             self._add(around.graph.inputs)
             for node in around.graph.nodes:
                 self._add(node.inputs)
@@ -85,8 +85,15 @@ class OnnxView:
         return f"{domain}.{node.op}" if domain not in ("", "ai.onnx") else str(node.op)
 
     def constant(self, value: str, /) -> npt.NDArray[Any] | None:
-        if value not in self._folded:
-            self._folded[value] = folding.evaluate(self, value)
+        stack = [value]
+        while stack:
+            missing = [v for v in folding.needs(self, stack[-1]) if v not in self._folded]
+            if missing and stack[-1] not in self._folded:
+                stack.append(missing[0])
+            else:
+                last = stack.pop()
+                if last not in self._folded:
+                    self._folded[last] = folding.evaluate(self, last)
         return self._folded[value]
 
     def shape(self, value: str, /) -> tuple[Dim, ...] | None:
