@@ -26,6 +26,9 @@ class Graph(Protocol):
     def clean(self) -> None:
         """Remove nodes that nothing reads and restore topological order."""
 
+    def finish(self) -> None:
+        """Make the graph runnable again; called once, after the last pass."""
+
     def check(self) -> None:
         """Raise `VerificationError` naming the node and what is wrong with it."""
 
@@ -138,12 +141,14 @@ def run(
                 result += apply(step, view, fuel=context.fuel, verify=context.verify)
         else:
             result = step.run(graph, context)
-        graph.clean()
-        graph.check()
+        if not isinstance(step, Rule) or result.sites or result.reverted:
+            graph.clean()
+            graph.check()
         report.add(result)
         report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
         if hook is not None:
             hook(number, name, graph)
+    graph.finish()
     report.ops_after = graph.op_counts()
     return report
 

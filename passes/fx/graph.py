@@ -38,6 +38,9 @@ class FxGraph:
     def clean(self) -> None:
         for inner in self.modules():
             inner.graph.eliminate_dead_code(is_impure_node=_is_impure)
+
+    def finish(self) -> None:
+        for inner in self.modules():
             inner.recompile()
 
     def check(self) -> None:
@@ -59,7 +62,7 @@ class FxGraph:
         return dict(sorted(counts.items()))
 
     def text(self) -> str:
-        return "\n".join(f"# {type(m).__name__}\n{m.code}" for m in self.modules())
+        return "\n".join(f"# {type(m).__name__}\n{m.graph.python_code('self').src}" for m in self.modules())
 
 
 def _drop_metadata_assertions(graph: fx.Graph) -> None:

@@ -504,3 +504,13 @@ WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
     "transpose": _plain(aten.permute.default, "perm"), "reshape": _plain(aten.reshape.default, "shape"),
     "unsqueeze": _write_unsqueeze, "squeeze": _plain(aten.squeeze.dims, "axes"),
 }  # fmt: skip
+
+RESULT: dict[Any, Callable[..., torch.Tensor]] = {
+    _HASTEN.attention.default: lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])),
+    _HASTEN.group_norm_act.default: lambda x, *_: torch.empty_like(x),
+    _HASTEN.geglu.default: lambda x, *_: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+    _HASTEN.upsample_conv2d.default: lambda x, w, *_: x.new_empty(
+        (x.shape[0], w.shape[0], 2 * x.shape[2], 2 * x.shape[3])
+    ),
+}
+"""Shape and type of a fused operator's result, without tracing what it decomposes into."""

@@ -65,8 +65,11 @@ class FxView:
         self._number()
 
     def _number(self) -> None:
-        self._order = {n: i for i, n in enumerate(self.graph.nodes)}
-        self._mutations = [(i, n) for n, i in self._order.items() if tables.mutates(n, call_name(n))]
+        """Positions are only needed where something changes a tensor in place."""
+        mutating = [n for n in self.graph.nodes if tables.mutates(n, call_name(n))]
+        if mutating:
+            self._order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self._mutations = [(self._order[n], n) for n in mutating]
 
     def values(self) -> Iterable[Value]:
         return [n for n in self.graph.nodes if n.op in ("call_function", "call_method")]
@@ -155,7 +158,7 @@ class FxView:
         if mode is not None:
             values = torch.fx.node.map_aggregate((args, kwargs), lambda a: fake(a) if isinstance(a, fx.Node) else a)
             with mode, torch.no_grad():
-                new.meta[key] = target(*values[0], **values[1])
+                new.meta[key] = tables.RESULT.get(target, target)(*values[0], **values[1])
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in at.meta:
                 new.meta[name] = at.meta[name]
@@ -180,8 +183,11 @@ class FxView:
         old.replace_all_uses_with(new)
         self._drop(old)
         self.fresh.clear()
-        self._ops.clear()
-        self._number()
+        for user in new.users:  # and the items of the tuples that these make
+            for node in (user, *user.users):
+                self._ops.pop(node, None)
+        if self._mutations:
+            self._number()
 
     def discard(self) -> None:
         for node in reversed(self.graph.nodes):
