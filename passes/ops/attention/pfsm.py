@@ -40,14 +40,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     tiles = []
     for start in range(0, shared, step):
         stop = min(start + step, shared)
-        rows = slice(start * repeats, stop * repeats)
+        count, rows = stop - start, slice(start * repeats, stop * repeats)
         # The query heads that share a key head are rows of one product: keys and values are never repeated.
-        tile = (q[:, rows].to(acc) * scale).reshape(batch, stop - start, repeats * queries, q.shape[3])
-        scores = tile @ k[:, start:stop].to(acc).transpose(-1, -2)
+        tile = (q[:, rows].to(acc) * scale).reshape(batch * count, repeats * queries, q.shape[3])
+        their_keys = k[:, start:stop].to(acc).reshape(batch * count, keys, k.shape[3])
+        their_values = v[:, start:stop].to(acc).reshape(batch * count, keys, width)
+        scores = torch.bmm(tile, their_keys.transpose(1, 2))
         if mask is not None:
-            part = mask if mask.shape[1] == 1 else mask[:, rows]
-            scores = masks.apply(scores.reshape(batch, -1, queries, keys), part).reshape(scores.shape)
-        tiles.append(_weighted(scores, v[:, start:stop].to(acc)).reshape(batch, -1, queries, width))
+            part = mask[:, :, None] if mask.shape[1] == 1 else mask[:, rows].unflatten(1, (count, repeats))
+            scores = masks.apply(scores.reshape(batch, count, repeats, queries, keys), part)
+            scores = scores.reshape(batch * count, repeats * queries, keys)
+        # Axes are split and merged one after the other: a view that does both at once puts guards on symbolic sizes.
+        tiles.append(_weighted(scores, their_values).reshape(batch, count, repeats, queries, width).flatten(1, 2))
     return (tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)).to(q.dtype)
 
 
@@ -57,4 +61,4 @@ def _weighted(scores: Tensor, values: Tensor) -> Tensor:
     in_place = runs_eagerly(scores) and not needs_grad(scores)
     weights = scores.sub_(largest).exp_() if in_place else torch.exp(scores - largest)
     total = weights.sum(-1, keepdim=True)
-    return (weights @ values) / total.masked_fill(total == 0, 1.0)
+    return torch.bmm(weights, values) / total.masked_fill(total == 0, 1.0)

@@ -18,7 +18,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
             mask = mask.to(q.dtype if q.dtype == torch.float64 else torch.float32)
     # Every flash kernel wants the width innermost; a copy is cheaper than the scores that the math kernel writes.
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    grouped, width, value_width = q.shape[1] != k.shape[1], q.shape[3], v.shape[3]
+    grouped, width, value_width = bool(q.shape[1] != k.shape[1]), q.shape[3], v.shape[3]
     if q.device.type == "cpu" and isinstance(width, int) and isinstance(value_width, int) and width != value_width:
         # The CPU flash kernel needs equal widths. Zeros change nothing, and it stays 1.5 to 2 times as fast with them.
         common = max(width, value_width)

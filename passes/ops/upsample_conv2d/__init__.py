@@ -23,9 +23,7 @@ SCHEMA = "upsample_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     found = f"input {tuple(x.shape)}, weight {tuple(weight.shape)}"
     if x.ndim != 4 or weight.ndim != 4:
-        raise UsageError(
-            f"upsample_conv2d: {found}; give (batch, channels, height, width) and (outputs, channels, 3, 3)"
-        )
+        raise UsageError(f"upsample_conv2d: {found}; give (batch, channels, height, width), (outputs, channels, 3, 3)")
     if tuple(weight.shape[2:]) != (3, 3):
         raise UsageError(f"upsample_conv2d: {found}; the kernel must be 3x3")
     if x.shape[1] != weight.shape[1]:
