@@ -144,7 +144,7 @@ REASONS = {
     "the attention probabilities are returned as well": "has a user outside the pattern",
     "the scores are returned as well": "has a user outside the pattern",
     "the scale is a tensor": "scales the scores by a tensor that is not a constant",
-    "the mask enlarges the scores": "adds a mask that is larger than the scores",
+    "the mask enlarges the scores": "not a product of queries and keys",
     "the softmax is over the rows": "not over the last",
     "dropout is active": None,
     "masked scores stay small, not minus infinity": "only -1e4 and below means no attention",
