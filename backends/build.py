@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
 from hasten.backends.manifest import Manifest, TensorSpec, write_manifest
-from hasten.backends.onnx_signature import fix_shapes, rename, signature
+from hasten.backends.onnx_signature import check_dynamic, fix_shapes, rename, signature
 from hasten.backends.shapes import Profile, Shapes, check_profiles, format_shape, parse_profiles
 from hasten.backends.target import DTYPES, Target, parse_target, supports
 from hasten.errors import UsageError, nearest, need
@@ -168,6 +168,7 @@ def _from_torch(
     assert target.opset is not None, target
     model = onnx_from_graph(flat.module, flat.example_inputs, target.opset, flat.dynamic_shapes)
     rename(model, [t.name for t in flat.inputs], [t.name for t in flat.outputs])
+    check_dynamic(flat.inputs, signature(model).inputs)
     model, legalised = optimize_onnx(model, target=str(target), passes="legalise")
     _merge(report, legalised)
     profiles = {

@@ -55,6 +55,17 @@ def fix_shapes(model: onnx.ModelProto, profiles: Mapping[str, Profile]) -> None:
                 dim.dim_value = fixed[dim.dim_param]
 
 
+def check_dynamic(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
+    """Refuse an export that holds for the example's sizes only where the captured graph was dynamic."""
+    for spec, got in zip(wanted, found, strict=True):
+        for axis, (size, fixed) in enumerate(zip(spec.shape, got.shape, strict=True)):
+            if isinstance(size, str) and isinstance(fixed, int):
+                raise HastenError(
+                    f"dimension {axis} of input {spec.name!r} shall be dynamic, and the export holds for {fixed} "
+                    "only; make it fixed, or find the pass that fixed it with --skip"
+                )
+
+
 def rename(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Rename the graph's inputs and outputs in place, by position, everywhere they are used.
 

@@ -55,6 +55,20 @@ def test_aoti_engine_refuses_sizes_out_of_range(aoti_engine):
         aoti_engine(sample=torch.ones(2, 4, 33, 16), timestep=torch.ones(2))
 
 
+def test_message_for_a_graph_that_is_not_dynamic(tmp_path):
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x.reshape(2, 8)
+
+    auto = torch.export.Dim.AUTO
+    with pytest.raises(HastenError) as caught:
+        inductor.package(torch.fx.symbolic_trace(Fixed()), [torch.ones(2, 8)], ({0: auto},), "cpu", tmp_path)
+    assert str(caught.value) == (
+        "dimension 0 of input 'x' shall be dynamic, and the graph holds for 2 only; make it fixed, or find the "
+        "pass that fixed it with --skip"
+    )
+
+
 def test_manifest_of_an_aoti_engine(aoti_engine):
     manifest = aoti_engine.manifest
     assert [(t.name, t.dtype, t.shape) for t in aoti_engine.inputs] == [
@@ -90,17 +104,21 @@ def test_an_engine_runs_in_another_process_and_from_another_place(aoti_engine, t
     ("version", "value", "message"),
     [
         ("torch", "1.9.0", "built with torch 1.9.0, and this is torch {torch}: build it again"),
-        ("cpu", "AVX512", "compiled for AVX512, and this CPU has DEFAULT: build it on this machine"),
+        (
+            "cpu",
+            "avx2 avx512_f fma3",
+            "compiled for a CPU with avx512_f, which this one lacks: build it on this machine",
+        ),
     ],
 )
 def test_refuses_a_package_of_another_torch_or_cpu(aoti_engine, tmp_path, monkeypatch, version, value, message):
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "fma3": True, "avx512_f": False})
     other = tmp_path / "other"
     other.mkdir()
     for file in aoti_engine.path.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     content = json.loads((other / "manifest.json").read_text())
-    content["versions"] |= {"cpu": "DEFAULT", version: value}
+    content["versions"] |= {"cpu": "avx2", version: value}
     (other / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(HastenError) as caught:
         load(other)

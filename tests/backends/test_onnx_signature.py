@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from hasten.backends.manifest import TensorSpec
-from hasten.backends.onnx_signature import fix_shapes, rename, signature
+from hasten.backends.onnx_signature import check_dynamic, fix_shapes, rename, signature
 from hasten.backends.shapes import parse_profiles
 from hasten.errors import HastenError
 
@@ -109,6 +109,17 @@ def test_renames_inside_branches_too():
     rename(model, ["sample", "skip"], ["out"])
     onnx.checker.check_model(model, full_check=True)
     assert [a.g.node[0].input[0] for a in model.graph.node[0].attribute] == ["sample", "sample"]
+
+
+def test_message_for_an_export_that_is_not_dynamic():
+    wanted, found = [TensorSpec("x", "float32", ("b", 4))], [TensorSpec("x", "float32", (2, 4))]
+    check_dynamic(wanted, wanted)
+    with pytest.raises(HastenError) as caught:
+        check_dynamic(wanted, found)
+    assert str(caught.value) == (
+        "dimension 0 of input 'x' shall be dynamic, and the export holds for 2 only; make it fixed, or find the "
+        "pass that fixed it with --skip"
+    )
 
 
 def test_message_for_another_number_of_inputs():
