@@ -20,6 +20,8 @@ class FxGraph:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
+        self._unread = {n for inner in self.modules() for n in inner.graph.nodes if not n.users}
+        """Calls that nothing read from the start are there for what they do: leaving a vmap, drawing a number."""
         for inner in self.modules():
             _drop_metadata_assertions(inner.graph)
             _free_shape_operands(inner.graph)
@@ -37,7 +39,7 @@ class FxGraph:
 
     def clean(self) -> None:
         for inner in self.modules():
-            inner.graph.eliminate_dead_code(is_impure_node=_is_impure)
+            inner.graph.eliminate_dead_code(is_impure_node=lambda n: n in self._unread or _is_impure(n))
 
     def finish(self) -> None:
         for inner in self.modules():

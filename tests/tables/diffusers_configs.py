@@ -76,6 +76,8 @@ def _draw(spec: dict[str, Any], rng: torch.Generator) -> Any:
     ((kind, content),) = ((k, v) for k, v in spec.items() if k != "below")
     if kind == "float":
         return torch.randn(content, generator=rng)
+    if kind == "ones":
+        return torch.ones(content)
     if kind == "time":
         return 1 + 900 * torch.rand(content, generator=rng)
     if kind == "index":
@@ -98,6 +100,8 @@ def _literal(content: Any) -> Any:
         return torch.tensor(content["tensor"])
     if isinstance(content, dict) and "range" in content:
         return torch.arange(*content["range"])
+    if isinstance(content, dict) and "tuples" in content:
+        return [tuple(item) for item in content["tuples"]]
     if isinstance(content, dict):  # JSON has no integer keys
         return {int(k) if k.isdigit() else k: v for k, v in content.items()}
     return content
