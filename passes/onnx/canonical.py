@@ -82,6 +82,8 @@ def _sweep(view: OnnxView, context: Context) -> list[Site]:
 def _fold(view: OnnxView, value: str) -> str | None:
     if view.node(value).op == "Constant" or value in view.scope.output_names:
         return None
+    if any(user.op == "If" for user in view.tensor(value).outputs):
+        return None  # runtimes inline the branch of an If whose condition is a constant, and check it more strictly
     content = view.constant(value)
     return None if content is None else view.emit_constant(content, at=value)
 

@@ -202,8 +202,9 @@ def attention(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
         heads, width = body.dim("K", 1, 4), body.dim("Q", 3, 4)
         q = body.op("Reshape", q, body.op("Concat", body.constant([0]), heads, body.constant([-1]), width, axis=0))
     scores = body.op("MatMul", q, body.op("Transpose", k, perm=[0, 1, 3, 2]))
-    size = body.op("Concat", body.dim("Q", 0, 4), body.dim("Q", 1, 4), body.dim("Q", 2, 4), body.dim("K", 2, 4), axis=0)
     if grouped:
+        sizes = [body.dim("Q", 0, 4), body.dim("Q", 1, 4), body.dim("Q", 2, 4), body.dim("K", 2, 4)]
+        size = body.op("Concat", *sizes, axis=0)
         scores = body.op("Reshape", scores, size)
     mask, is_bool = _mask(body, attrs, signature)
     if mask is not None and is_bool:
@@ -241,6 +242,8 @@ def _mask(body: Body, attrs: dict[str, Any], signature: Signature) -> tuple[str 
     given = signature.has(3)
     is_bool = not given or signature.dtypes[3] == "bool"
     mask = None if not given else "mask" if is_bool else _up(body, "mask", signature, 3)
+    if mask is not None and signature.shape(3) == ():
+        mask = body.unsqueeze(mask, 0)
     if not attrs["causal"]:
         return mask, is_bool
     rows, columns = (

@@ -76,6 +76,29 @@ def _operands(name: str, count: int) -> Reader:
     return reader
 
 
+def _where(call: Call) -> OpView[str] | None:
+    """A choice; ``identity`` where a constant condition always chooses the same, of the result's shape."""
+    condition = call.view.constant(str(call.input(0)))
+    if condition is not None and condition.size and (condition.all() or not condition.any()):
+        chosen = 1 if condition.all() else 2
+        if call.shape(chosen) == call.view.shape(call.value):
+            return OpView("identity", (call.input(chosen),))
+    return OpView("where", (call.input(0), call.input(1), call.input(2)))
+
+
+def _add(call: Call) -> OpView[str] | None:
+    """A sum of two; ``identity`` where one is a constant 0 and the other has the result's shape."""
+    inputs = (call.input(0), call.input(1))
+    if len(call.node.inputs) != 2:
+        return None
+    for zero, other in ((0, 1), (1, 0)):
+        content, shape = call.view.constant(str(inputs[zero])), call.shape(other)
+        is_zero = content is not None and content.size > 0 and not content.any()
+        if is_zero and shape is not None and shape == call.view.shape(call.value):
+            return OpView("identity", (inputs[other],))
+    return OpView("add", inputs)
+
+
 def _reshape(call: Call) -> OpView[str] | None:
     """A reshape; heads repeated for grouped queries (Unsqueeze, Expand, Reshape) are one ``repeat``."""
     after, below = call.view.shape(call.value), call.view.node(str(call.input(0)))
@@ -95,7 +118,8 @@ def _reshape(call: Call) -> OpView[str] | None:
         expected = (*before[: axis + 1], 1, *before[axis + 1 :])
         static = isinstance(times, int) and isinstance(size, int) and after[axis] == size * times
         if static and narrow == expected and wide == (*before[: axis + 1], times, *before[axis + 1 :]):
-            return OpView("repeat", (source,), {"axis": axis, "times": times})
+            attrs = {"axis": axis, "times": times}
+            return OpView("identity", (source,)) if times == 1 else OpView("repeat", (source,), attrs)
     return _same_shape("reshape")(call)
 
 
@@ -406,11 +430,11 @@ def _reciprocal(call: Call) -> OpView[str] | None:
 
 
 _STANDARD: dict[str, Reader] = {
-    "Add": _operands("add", 2), "Sub": _operands("sub", 2), "Mul": _operands("mul", 2), "Div": _operands("div", 2),
+    "Add": _add, "Sub": _operands("sub", 2), "Mul": _operands("mul", 2), "Div": _operands("div", 2),
     "Pow": _operands("pow", 2), "Neg": _operands("neg", 1), "Exp": _operands("exp", 1), "Erf": _operands("erf", 1),
     "Tanh": _operands("tanh", 1), "Sqrt": _operands("sqrt", 1), "Sigmoid": _operands("sigmoid", 1),
     "Not": _operands("logical_not", 1), "And": _operands("logical_and", 2), "Or": _operands("logical_or", 2),
-    "Sum": _operands("add", 2), "Equal": _operands("eq", 2), "Where": _operands("where", 3), "Identity": _operands("identity", 1),
+    "Sum": _add, "Equal": _operands("eq", 2), "Where": _where, "Identity": _operands("identity", 1),
     "Reciprocal": _reciprocal,
     "Gelu": _gelu, "Swish": _swish,
     "Softmax": _softmax, "Cast": _cast, "CastLike": _cast, "Dropout": _dropout,

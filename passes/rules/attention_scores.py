@@ -18,6 +18,8 @@ _EXP = Op(
 _SPELLED_SOFTMAX = Op("div", (_EXP, Op("sum", (_EXP,), attrs=(("keepdims", True),), binds=("axes",))))
 _NO_KEY = Op("logical_not", (Op("any", (Op("logical_not", (Op("eq", (Var("logits"), Const(float("-inf")))),)),)),))
 
+_ALL_MASKED = Op("eq", (Op("max", (Var("mask"),), attrs=(("keepdims", True),), binds=("axes",)), Const(float("-inf"))))
+
 
 @dataclass
 class Scores(Generic[V]):
@@ -79,7 +81,7 @@ def follow_probabilities(
 
 
 def _guarded(view: GraphView[V], value: V, found: Match[V]) -> V | None:
-    """Torch's safe softmax: rows whose scores are all -inf are replaced by zero."""
+    """A safe softmax: rows whose scores (torch), or whose added mask (ONNX), are all -inf are replaced by zero."""
     op = view.op(value)
     assert op is not None
     condition, zero, probabilities = op.inputs
@@ -87,9 +89,12 @@ def _guarded(view: GraphView[V], value: V, found: Match[V]) -> V | None:
         return None
     softmax = view.op(through(view, probabilities))
     trial: Match[V] = Match(values={}, edges=dict(found.edges))
-    if softmax is None or softmax.name != "softmax" or _NO_KEY.search(view, condition, trial) is not None:
+    if softmax is None or softmax.name != "softmax" or softmax.inputs[0] is None:
         return None
-    if through(view, trial["logits"]) != through(view, softmax.inputs[0] or probabilities):
+    if _NO_KEY.search(view, condition, trial) is None:
+        if through(view, trial["logits"]) != through(view, softmax.inputs[0]):
+            return None
+    elif not _masks_whole_rows(view, condition, softmax.inputs[0], trial):
         return None
     trial.edges[value, 0], trial.edges[value, 2] = condition, probabilities
     if zero is not None:
@@ -99,6 +104,17 @@ def _guarded(view: GraphView[V], value: V, found: Match[V]) -> V | None:
             trial.edges[zero, 0] = filled.inputs[0]
     found.edges = trial.edges
     return probabilities
+
+
+def _masks_whole_rows(view: GraphView[V], condition: V, logits: V, found: Match[V]) -> bool:
+    """Whether ``condition`` holds for the rows where a mask that is added to the scores is -inf everywhere."""
+    if _ALL_MASKED.search(view, condition, found) is not None:
+        return False
+    mask, added = found["mask"], view.op(through(view, logits))
+    shape = view.shape(mask)
+    if added is None or added.name != "add" or shape is None or found.attrs["axes"] != (len(shape) - 1,):
+        return False
+    return any(a is not None and through(view, a) == through(view, mask) for a in added.inputs)
 
 
 def _spelled(view: GraphView[V], value: V, found: Match[V]) -> V | None:
