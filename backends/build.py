@@ -21,7 +21,7 @@ from hasten.backends.manifest import Manifest, TensorSpec, write_manifest
 from hasten.backends.onnx_signature import check_dynamic, fix_shapes, rename, signature
 from hasten.backends.shapes import Profile, Shapes, check_profiles, format_shape, parse_profiles
 from hasten.backends.target import DTYPES, Target, parse_target, supports
-from hasten.errors import UsageError, nearest, need
+from hasten.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +59,7 @@ def build(
 
     ``source``: a module with ``example_inputs`` and ``example_kwargs``; an ExportedProgram or the path of a ``.pt2``
     file; an ONNX model or the path of an ``.onnx`` file; the name of a registered model (``weights`` as
-    `models.registry.get` takes it), or a diffusers directory.
+    `models.registry.get` takes it), a diffusers directory, or an `Adapter`, whose sizes and names are taken.
 
     ``dynamic_shapes`` is as `torch.export.export` takes it, for modules. ``shapes`` are sizes by input name, for ONNX
     sources: one for fixed sizes, or three for the least, most frequent and greatest. ``dtype`` converts modules.
@@ -73,8 +73,7 @@ def build(
     _refuse_without_runtime(parsed)
     if dtype is not None:
         _check_dtype(dtype, parsed)
-    tell = progress or (lambda stage, fraction: None)
-    started = time.monotonic()
+    tell = _Clock(progress)
     rules: dict[str, Any] = {
         "target": str(parsed),
         "expect": expect,
@@ -94,12 +93,32 @@ def build(
                     "shapes: for ONNX sources; the sizes of a PyTorch source are those of its example inputs"
                 )
             tell("capture", 0.0)
-            origin = _origin(kind, source, example_inputs, example_kwargs, dynamic_shapes, dtype, weights)
+            device = parsed.device if parsed.backend == "aoti" else "cpu"  # where the examples are to be run
+            origin = _origin(kind, source, example_inputs, example_kwargs, dynamic_shapes, dtype, weights, device)
             product = _from_torch(origin, parsed, rules, options, folder, tell, timeout)
         tell("write", 0.95)
-        write_manifest(folder, replace(product, seconds=time.monotonic() - started))
+        seconds = {**product.report["seconds"], **tell.seconds}
+        report = {**product.report, "seconds": seconds}
+        write_manifest(folder, replace(product, report=report, seconds=sum(tell.seconds.values())))
     tell("write", 1.0)
     return load(out)
+
+
+class _Clock:
+    """Passes progress on, and keeps how long each stage took."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self._stage, self._since = "", 0.0
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        now = time.monotonic()
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+        if self.progress is not None:
+            self.progress(stage, fraction)
 
 
 @dataclass(frozen=True)
@@ -262,7 +281,7 @@ _FILES = {".onnx": "onnx", ".onnxtxt": "onnx", ".pt2": "pt2"}
 
 
 def _kind(source: Any, weights: Any) -> str:
-    """``onnx``, ``module``, ``program``, ``pt2`` or ``name``."""
+    """``onnx``, ``module``, ``program``, ``pt2``, ``name`` or ``adapter``."""
     if weights is not None and not isinstance(source, str):
         raise UsageError("weights: for registered models; the source here brings its own")
     if type(source).__module__.startswith("onnx") and hasattr(source, "graph"):
@@ -279,12 +298,16 @@ def _kind(source: Any, weights: Any) -> str:
         raise UsageError(f"source '{text}': a path ends in .onnx or .pt2, or is a diffusers directory given as text")
     import torch
 
+    from hasten.models.adapter import Adapter
+
+    if isinstance(source, Adapter):
+        return "adapter"
     if isinstance(source, torch.export.ExportedProgram):
         return "program"
     if isinstance(source, torch.nn.Module):
         return "module"
     raise UsageError(
-        "source: expected a module, an ExportedProgram, an ONNX model, a path or a model name, found "
+        "source: expected a module, an ExportedProgram, an ONNX model, an Adapter, a path or a name, found "
         f"{type(source).__name__}"
     )
 
@@ -297,6 +320,7 @@ def _origin(
     dynamic_shapes: Any,
     dtype: str | None,
     weights: Any,
+    device: str,
 ) -> _Origin:
     if kind != "module" and (example_inputs is not None or example_kwargs is not None):
         raise UsageError("example_inputs: for modules; the source here brings its own")
@@ -317,20 +341,22 @@ def _origin(
         if dtype is not None:
             module, args, kwargs = _converted(module, args, kwargs, dtype)
         return _Origin(module, args, kwargs, dynamic_shapes, type(source).__name__)
-    return _registered(source, dynamic_shapes, dtype, weights)
+    return _registered(source, dynamic_shapes, dtype, weights, device)
 
 
-def _registered(name: str, dynamic_shapes: Any, dtype: str | None, weights: Any) -> _Origin:
+def _registered(source: Any, dynamic_shapes: Any, dtype: str | None, weights: Any, device: str) -> _Origin:
     import torch
 
     from hasten.models.diffusers_dir import from_source, is_directory_source
     from hasten.models.registry import get
 
-    adapter = from_source(name) if is_directory_source(name) else get(name, weights=weights)
+    if not isinstance(source, str):
+        adapter = source
+    else:
+        adapter = from_source(source) if is_directory_source(source) else get(source, weights=weights)
     module, wanted = adapter.module(), getattr(torch, dtype or "float32")
-    return _Origin(
-        module.to(wanted), (), adapter.example_inputs(dtype=wanted), dynamic_shapes, adapter.name, adapter.output_names
-    )
+    examples = {name: t.to(device) for name, t in adapter.example_inputs(dtype=wanted).items()}
+    return _Origin(module.to(device, wanted), (), examples, dynamic_shapes, adapter.name, adapter.output_names)
 
 
 def _converted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: str) -> tuple[Any, Any, Any]:
@@ -354,19 +380,21 @@ def _refuse_without_runtime(target: Target) -> None:
             f"engine on disk is aoti:{target.device}"
         )
     if target.backend == "aoti":
-        from hasten.backends.inductor import require_cxx_compiler
+        from hasten.backends import inductor
 
-        require_cxx_compiler(str(target))
+        inductor.require(target)
     elif target.backend == "onnxruntime":
         from hasten.backends.onnxruntime import require_provider
 
         require_provider(target.device)
     elif target.backend == "torch-tensorrt":
-        need("torch_tensorrt", extra="torch-tensorrt")
-    else:
-        from hasten.backends.tensorrt import require
+        from hasten.backends import torch_tensorrt
 
-        require(target)
+        torch_tensorrt.require()
+    else:
+        from hasten.backends import tensorrt
+
+        tensorrt.require(target)
 
 
 def _refuse_for_onnx(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.backends.manifest import Manifest
-from hasten.backends.target import parse_target
+from hasten.backends.target import Target, parse_target
 from hasten.errors import HastenError, MissingPackageError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -37,14 +37,18 @@ def have_cxx_compiler() -> bool:
     return True
 
 
-def require_cxx_compiler(target: str) -> None:
-    """Raise `MissingPackageError` with the install command unless `have_cxx_compiler`."""
+def require(target: Target) -> None:
+    """Raise unless this machine can build ``target``: `MissingPackageError` for a compiler, `HastenError` for a GPU."""
+    import torch
+
     if not have_cxx_compiler():
         asked = os.environ.get("CXX", "g++")
         raise MissingPackageError(
             f"target {target} compiles C++ and {asked!r} was not found: apt install g++, or set CXX to a C++17 "
             "compiler; onnxruntime:cpu needs none"
         )
+    if target.device == "cuda" and not torch.cuda.is_available():
+        raise HastenError(f"target {target} compiles on an NVIDIA GPU, and torch finds none here; build it on one")
 
 
 def package(
@@ -64,9 +68,13 @@ def package(
     import torch
     from torch._inductor import aoti_compile_and_package
 
-    require_cxx_compiler(f"aoti:{device}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HastenError("target aoti:cuda compiles on an NVIDIA GPU, and torch finds none here; build it on one")
+    require(parse_target(f"aoti:{device}"))
+    for index, tensor in enumerate(example_inputs):
+        if tensor.device.type != device:
+            raise HastenError(
+                f"target aoti:{device}: example input {index} is on {tensor.device}; move the module and its "
+                f"inputs to {device}"
+            )
     _check_options(options or {})
     with torch.no_grad():
         program = torch.export.export(module, tuple(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)

@@ -29,11 +29,8 @@ def package(
     import torch
 
     compiler = need("torch_tensorrt", extra="torch-tensorrt")
+    require()
     refuse_control_flow(module)
-    if not torch.cuda.is_available():
-        raise HastenError(
-            "target torch-tensorrt compiles for the GPU at hand, and torch finds none here; build it on one"
-        )
     inputs = [t.cuda() for t in example_inputs]
     with torch.no_grad():
         program = torch.export.export(module.cuda(), tuple(inputs), dynamic_shapes=dynamic_shapes, strict=False)
@@ -43,6 +40,17 @@ def package(
         compiled = compiler.dynamo.compile(program, inputs=inputs, **settings)
         compiler.save(compiled, str(out_dir / ARTIFACT), output_format="aot_inductor", retrace=True, arg_inputs=inputs)
     return [ARTIFACT]
+
+
+def require() -> None:
+    """Raise `MissingPackageError` unless torch_tensorrt is installed, `HastenError` where there is no GPU."""
+    import torch
+
+    need("torch_tensorrt", extra="torch-tensorrt")
+    if not torch.cuda.is_available():
+        raise HastenError(
+            "target torch-tensorrt compiles for the GPU at hand, and torch finds none here; build it on one"
+        )
 
 
 def refuse_control_flow(module: torch.fx.GraphModule) -> None:

@@ -82,7 +82,8 @@ def test_manifest_of_an_aoti_engine(aoti_engine):
     assert manifest.dims == {"batch": (1, 8), "size": (8, 32)}
     assert manifest.versions["torch"] == torch.__version__
     assert manifest.report["target"] == "aoti:cpu"
-    assert manifest.seconds > 0
+    seconds = manifest.report["seconds"]
+    assert manifest.seconds == pytest.approx(sum(seconds[s] for s in ("capture", "optimize", "compile")))
     assert sorted(p.name for p in aoti_engine.path.iterdir()) == ["manifest.json", "model.pt2"]
 
 
@@ -317,7 +318,7 @@ def test_message_for_options_that_do_not_go_together(tiny, examples, tmp_path):
         ({"source": "missing.onnx", "target": "onnxruntime:cpu"}, "source 'missing.onnx': there is no such file"),
         (
             {"source": 3, "target": "onnxruntime:cpu"},
-            "source: expected a module, an ExportedProgram, an ONNX model, a path or a model name, found int",
+            "source: expected a module, an ExportedProgram, an ONNX model, an Adapter, a path or a name, found int",
         ),
     ]:
         assert message(UsageError, 2, out=out, **kwargs) == text
@@ -346,14 +347,30 @@ def test_cuda_provider_is_asked_for_and_never_replaced(tiny, examples, tmp_path,
 def test_a_missing_compiler_is_named_before_any_work(tiny, examples, tmp_path, monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.delenv("CXX", raising=False)
-    assert not inductor.have_cxx_compiler()
-    text = message(MissingPackageError, 4, tiny, target="aoti:cpu", out=tmp_path / "engine", example_inputs=examples)
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert not inductor.have_cxx_compiler()
+        text = message(
+            MissingPackageError, 4, tiny, target="aoti:cpu", out=tmp_path / "engine", example_inputs=examples
+        )
     assert text == (
         "target aoti:cpu compiles C++ and 'g++' was not found: apt install g++, or set CXX to a C++17 compiler; "
         "onnxruntime:cpu needs none"
     )
+
+
+def test_a_gpu_that_is_not_there_is_named_before_any_work(tiny, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    text = message(HastenError, 1, tiny, target="aoti:cuda", out=tmp_path / "engine", example_inputs=examples)
+    assert text == "target aoti:cuda compiles on an NVIDIA GPU, and torch finds none here; build it on one"
+
+
+def test_message_for_examples_on_another_device(tmp_path):
+    with pytest.raises(HastenError) as caught:
+        inductor.package(
+            torch.fx.symbolic_trace(torch.nn.ReLU()), [torch.ones(1, device="meta")], None, "cpu", tmp_path
+        )
+    assert str(caught.value) == ("target aoti:cpu: example input 0 is on meta; move the module and its inputs to cpu")
 
 
 def test_pt2_files_that_are_no_sources(tmp_path, aoti_engine):
