@@ -9,8 +9,9 @@ import re
 import shlex
 from pathlib import Path
 
-import hasten
 import pytest
+
+import hasten
 from hasten.passes import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,9 @@ def test_examples(name: str) -> None:
 
 def shell_commands(text: str) -> list[str]:
     blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
-    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    return [
+        line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line and not line.startswith("#")
+    ]
 
 
 def test_every_command_of_the_readme_is_one_the_parser_takes() -> None:

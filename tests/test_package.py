@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hasten
 import pytest
+
+import hasten
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("backends", "models", "passes", "tools")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,16 @@ _PURE = frozenset(
 )
 
 
-def evaluate(module: fx.GraphModule, node: fx.Node, name_of: Callable[[fx.Node], str]) -> npt.NDArray[Any] | None:
+def evaluate(
+    module: fx.GraphModule, node: fx.Node, name_of: Callable[[fx.Node], str], written: Iterable[fx.Node] = ()
+) -> npt.NDArray[Any] | None:
     """The content of ``node`` where it follows from factories, literals and buffers alone; None otherwise.
 
-    Parameters are not constants: weights may be exchanged under a compiled graph.
+    Parameters are not constants: weights may be exchanged under a compiled graph. Neither is a value in ``written``,
+    whose memory is changed in place: a mask that is filled row by row.
     """
     with unset_fake_temporarily():
-        tensor = _evaluate(module, node, name_of, {}, 64)
+        tensor = _evaluate(module, node, name_of, dict.fromkeys(written), 64)
     if tensor is None or not isinstance(tensor, (torch.Tensor, int, float, bool)):
         return None
     if isinstance(tensor, torch.Tensor):

@@ -61,7 +61,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _is_view(node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
-    returns = node.target._schema.returns  # type: ignore[union-attr]
+    returns = node.target._schema.returns
     aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return aliases and bool(operands) and all(r.dtype == operands[0].dtype for r in results)
 

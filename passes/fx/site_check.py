@@ -79,7 +79,11 @@ def _slice(root: fx.Node, leaves: set[fx.Node]) -> list[fx.Node]:
 
 
 def _is_leaf(node: fx.Node, leaves: set[fx.Node]) -> bool:
-    return node in leaves or node.op in ("placeholder", "get_attr") or not isinstance(fake(node), (torch.Tensor, tuple, list))
+    return (
+        node in leaves
+        or node.op in ("placeholder", "get_attr")
+        or not isinstance(fake(node), (torch.Tensor, tuple, list))
+    )
 
 
 def _elements(node: fx.Node) -> int:
@@ -134,5 +138,3 @@ def _signature(view: FxView, before: Sequence[fx.Node], after: Sequence[fx.Node]
         called = str(args) if node.op in ("call_function", "call_method") else ""
         lines.append((number, node.op, call_name(node), called, str(kind)))
     return tuple(lines)
-
-

@@ -225,8 +225,10 @@ def _repeat(call: Call) -> OpView[Any] | None:
 
 
 def _getitem(call: Call) -> OpView[Any] | None:
-    """A tuple's item speaks for the node that made the tuple; indexing a tensor is not in the vocabulary."""
+    """A tuple's item speaks for the node that made the tuple; of a tensor, half of one axis is a part."""
     source, index = call.raw("self"), call.raw("other")
+    if isinstance(index, tuple):
+        return _indexed(call, index)
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return None
     from hasten.passes.fx.view import call_name
@@ -234,6 +236,33 @@ def _getitem(call: Call) -> OpView[Any] | None:
     name = call_name(source)
     row = TUPLES.get(name)
     return row.read(Call(call.view, source, name, row.arguments), index) if row else None
+
+
+def _indexed(call: Call, index: tuple[Any, ...]) -> OpView[Any] | None:
+    """``x[..., a:b]`` and ``x[:, a:b]``: one slice among whole axes."""
+    operands, shape = _operands(call, "self"), call.shape("self")
+    if operands is None or shape is None or sum(i is Ellipsis for i in index) > 1:
+        return None
+    place = index.index(Ellipsis) if Ellipsis in index else len(index)
+    whole = slice(None)
+    axes = (*index[:place], *[whole] * (len(shape) - len(index) + (Ellipsis in index)), *index[place + 1 :])
+    cut = [axis for axis, i in enumerate(axes) if not isinstance(i, slice) or i != whole]
+    if len(axes) != len(shape) or len(cut) != 1 or not isinstance(axes[cut[0]], slice):
+        return None
+    return _half(operands, shape, cut[0], axes[cut[0]])
+
+
+def _half(operands: tuple[Any, ...], shape: tuple[Any, ...], axis: int, cut: slice) -> OpView[Any] | None:
+    """Half of an axis, the way GEGLU gates are sliced; all of it is the operand itself."""
+    size, start, end = shape[axis], cut.start or 0, cut.stop
+    if cut.step not in (None, 1) or not all(isinstance(n, int) for n in (size, start, 0 if end is None else end)):
+        return None
+    start, end, _ = slice(start, end).indices(size)
+    if (start, end) == (0, size):
+        return OpView("identity", operands)
+    if size % 2 == 0 and (start, end) in ((0, size // 2), (size // 2, size)):
+        return OpView("part", operands, {"axis": axis, "index": int(start > 0), "parts": 2})
+    return None
 
 
 def _part(call: Call, index: int) -> OpView[Any] | None:
@@ -283,20 +312,10 @@ class TupleRow:
 
 
 def _slice(call: Call) -> OpView[Any] | None:
-    """Half of an axis, the way GEGLU gates are sliced."""
     operands, axis, shape = _operands(call, "self"), call.axis(call.raw("dim", 0)), call.shape("self")
-    if operands is None or axis is None or shape is None or not isinstance(size := shape[axis], int):
+    if operands is None or axis is None or shape is None:
         return None
-    start, end, step = call.raw("start", 0) or 0, call.raw("end"), call.raw("step", 1)
-    if step != 1 or not isinstance(start, int) or not (end is None or isinstance(end, int)) or size % 2:
-        return None
-    start = start % size if start < 0 else start
-    end = size if end is None else min(end, size) if end >= 0 else end + size
-    if (start, end) == (0, size):
-        return OpView("identity", operands)
-    if (start, end) in ((0, size // 2), (size // 2, size)):
-        return OpView("part", operands, {"axis": axis, "index": int(start > 0), "parts": 2})
-    return None
+    return _half(operands, shape, axis, slice(call.raw("start"), call.raw("end"), call.raw("step", 1)))
 
 
 def _where(call: Call) -> OpView[Any] | None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import onnx
 
 
-def _node(op: str, inputs: Sequence[Tensor | None], attrs: dict[str, Any], like: Tensor, shape: Sequence[Any]) -> Tensor:
+def _node(
+    op: str, inputs: Sequence[Tensor | None], attrs: dict[str, Any], like: Tensor, shape: Sequence[Any]
+) -> Tensor:
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]
     return torch.onnx.ops.symbolic(f"hasten::{op}", inputs, attrs, dtype=like.dtype, shape=shape, version=1)

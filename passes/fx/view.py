@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from hasten.passes.fx import constants, tables
+from hasten.passes.fx.aliasing import written
 from hasten.passes.pattern import Attr, Dim, OpView
 
 Value = Any
@@ -70,6 +71,7 @@ class FxView:
         if mutating:
             self._order = {n: i for i, n in enumerate(self.graph.nodes)}
         self._mutations = [(self._order[n], n) for n in mutating]
+        self._written = written(self.graph, call_name) if mutating else set()
 
     def values(self) -> Iterable[Value]:
         return [n for n in self.graph.nodes if n.op in ("call_function", "call_method")]
@@ -100,7 +102,7 @@ class FxView:
         if isinstance(value, Literal):
             return np.asarray(value.number)
         if value not in self._constants:
-            self._constants[value] = constants.evaluate(self.module, value, call_name)
+            self._constants[value] = constants.evaluate(self.module, value, call_name, self._written)
         return self._constants[value]
 
     def shape(self, value: Value, /) -> tuple[Dim, ...] | None:

@@ -4,7 +4,8 @@
 - Reshape to (B, G, -1), InstanceNormalization, Reshape back, Mul, Add: the torch exporter below opset 21. An affine
   inside the instance norm is per group; it is taken where it is one and zero, folded where it is constant;
 - mean, variance, subtraction and (reciprocal) square root over a map reshaped to (B, G, …): decompositions and old
-  exporters.
+  exporters;
+- ONNX's own function body: the variance from moments, reshapes in two steps, the affine on (B, C, L).
 
 Each ends with ``x``, ``weight`` and ``bias`` (absent, (C,), or one number a channel with axes of one), ``groups``,
 ``eps``.
@@ -32,29 +33,46 @@ _INSTANCE = Op(
         ),
     ),
 )
-_CENTRED = Op("sub", (_GROUPED, Op("mean", (_GROUPED,), attrs=(("keepdims", True),), binds=("axes",))))
-_SPREAD = OneOf(
-    (
-        ("var", Op("var", (_GROUPED,), attrs=(("correction", 0), ("keepdims", True)), binds=("axes",))),
-        ("product", Op("mean", (Op("mul", (_CENTRED, _CENTRED)),), attrs=(("keepdims", True),), binds=("axes",))),
-        ("power", Op("mean", (Op("pow", (_CENTRED, Const(2.0))),), attrs=(("keepdims", True),), binds=("axes",))),
-        ("square", Op("mean", (Op("square", (_CENTRED,)),), attrs=(("keepdims", True),), binds=("axes",))),
-    )
-)
-_SHIFTED = Op("add", (_SPREAD, Var("epsilon")))
-_CHAIN = Op(
-    "reshape",
-    (
-        OneOf(
+
+
+def _normalised(grouped: Pattern) -> OneOf:
+    """``(g - mean g) / sqrt(var g + epsilon)``."""
+    mean = Op("mean", (grouped,), attrs=(("keepdims", True),), binds=("axes",))
+    centred = Op("sub", (grouped, mean))
+
+    def spread(keepdims: bool) -> OneOf:
+        kept = (("keepdims", keepdims),)
+
+        def mean_of(squares: Op) -> Op:
+            return Op("mean", (squares,), attrs=kept, binds=("axes",))
+
+        return OneOf(
             (
-                ("rsqrt", Op("mul", (_CENTRED, Op("rsqrt", (_SHIFTED,))))),
-                ("sqrt", Op("div", (_CENTRED, Op("sqrt", (_SHIFTED,))))),
-                ("reciprocal", Op("mul", (_CENTRED, Op("reciprocal", (Op("sqrt", (_SHIFTED,)),))))),
-                ("power", Op("mul", (_CENTRED, Op("pow", (_SHIFTED, Const(-0.5)))))),
+                ("var", Op("var", (grouped,), attrs=(("correction", 0), *kept), binds=("axes",))),
+                ("product", mean_of(Op("mul", (centred, centred)))),
+                ("power", mean_of(Op("pow", (centred, Const(2.0))))),
+                ("square", mean_of(Op("square", (centred,)))),
+                ("moments", Op("sub", (mean_of(Op("mul", (grouped, grouped))), Op("mul", (mean, mean))))),
             )
-        ),
-    ),
-)
+        )
+
+    variance = As("spread", OneOf((("kept", spread(True)), ("restored", Op("reshape", (spread(False),))))))
+    shifted = Op("add", (variance, Var("epsilon")))
+    return OneOf(
+        (
+            ("rsqrt", Op("mul", (centred, Op("rsqrt", (shifted,))))),
+            ("sqrt", Op("div", (centred, Op("sqrt", (shifted,))))),
+            ("reciprocal", Op("mul", (centred, Op("reciprocal", (Op("sqrt", (shifted,)),))))),
+            ("quotient", Op("mul", (centred, Op("div", (Const(1.0), Op("sqrt", (shifted,))))))),
+            ("power", Op("mul", (centred, Op("pow", (shifted, Const(-0.5)))))),
+        )
+    )
+
+
+_CHAIN = Op("reshape", (_normalised(_GROUPED),))
+_TWICE = As("grouped", Op("reshape", (Op("reshape", (Var("x"),)),)))
+_BODY = Op("reshape", (Op("reshape", (_normalised(_TWICE),)),))
+_FLAT = Op("reshape", (Op("add", (Op("mul", (_BODY, Var("weight"))), Var("bias"))),))
 
 
 def _bind_groups(view: GraphView[Any], found: Match[Any]) -> str | None:
@@ -76,6 +94,8 @@ def _bind_chain(view: GraphView[Any], found: Match[Any]) -> str | None:
         return "what is added to the variance is not a constant"
     if grouped is None or tuple(found.attrs["axes"]) != tuple(range(2, len(grouped))):
         return f"the statistics are over axes {found.attrs['axes']} of {grouped}, not over all but the first two"
+    if view.shape(found["spread"]) != (*grouped[:2], *(1 for _ in grouped[2:])):
+        return f"the variance has shape {view.shape(found['spread'])}, not one number a group of {grouped}"
     found.attrs["eps"] = epsilon
     return _bind_groups(view, found)
 
@@ -102,6 +122,18 @@ def _per_channel(view: GraphView[Any], found: Match[Any]) -> str | None:
         if len(padded) != len(shape) or padded[1] != shape[1] or any(d != 1 for d in (padded[0], *padded[2:])):
             return f"the {name} has shape {got}, not one number a channel of {shape}"
     return None
+
+
+def _flat_affine(view: GraphView[Any], found: Match[Any]) -> str | None:
+    """The affine is applied to the map seen as (B, C, L), which then gets its own shape back."""
+    shape, result = view.shape(found["x"]), view.shape(found["result"])
+    if shape is None or shape != result:
+        return f"the result has shape {result}, not {shape}"
+    for name in ("weight", "bias"):
+        got = view.shape(found[name])
+        if got is None or (1,) * (3 - len(got)) + got != (1, shape[1], 1):
+            return f"the {name} has shape {got}, not one number a channel"
+    return _bind_chain(view, found)
 
 
 def _bind_instance(view: GraphView[Any], found: Match[Any]) -> str | None:
@@ -147,6 +179,7 @@ NORM = OneOf(
         ("instance", _affine(Checked(_INSTANCE, _bind_instance))),
         ("instance-folded", Checked(_affine(_INSTANCE), _bind_folded)),
         ("chain", _affine(Checked(_CHAIN, _bind_chain))),
+        ("body", Checked(As("result", _FLAT), _flat_affine)),
     ),
     name="norm",
 )

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
 from hasten.backends.optimize import optimize
 from hasten.models import registry
 from hasten.models.adapter import Adapter
@@ -61,7 +62,7 @@ def exported(adapter: Adapter, opset: int, dynamic: bool):
     shapes = None
     if dynamic:
         shapes = {
-            name: {axis: torch.export.Dim.DYNAMIC for axis in adapter.dynamic_dims.get(name, {})} or None
+            name: dict.fromkeys(adapter.dynamic_dims.get(name, {}), torch.export.Dim.DYNAMIC) or None
             for name in inputs
         }
     with warnings.catch_warnings(), torch.no_grad():
@@ -106,10 +107,19 @@ def main(argv: list[str] | None = None) -> int:
     wrong = 0
     for row in rows(tuple(args.models), reduced=not args.full):
         wrong += not row.right
-        numbers = "  ".join(f"{k} {v}" + ("" if v == row.expected[k] else f" (not {row.expected[k]})") for k, v in row.counts.items())
-        print(f"{'ok   ' if row.right else 'WRONG'} {row.model:26} {row.how:28} {row.seconds:6.1f} s  {numbers}", flush=True)
+        numbers = "  ".join(
+            f"{k} {v}" + ("" if v == row.expected[k] else f" (not {row.expected[k]})") for k, v in row.counts.items()
+        )
+        print(
+            f"{'ok   ' if row.right else 'WRONG'} {row.model:26} {row.how:28} {row.seconds:6.1f} s  {numbers}",
+            flush=True,
+        )
     started = time.strftime("%Y-%m-%d")
-    print(f"{started}: {wrong} rows differ from the architecture" if wrong else f"{started}: every row as the architecture")
+    print(
+        f"{started}: {wrong} rows differ from the architecture"
+        if wrong
+        else f"{started}: every row as the architecture"
+    )
     return 3 if wrong else 0
 
 

@@ -20,13 +20,21 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import hasten
 import numpy as np
 import torch
+
+import hasten
 from hasten.models import registry
 from hasten.models.adapter import Adapter
 
-MODELS = ("scenes-unet", "scenes-dit", "sd15-unet-reduced", "sd15-vae-decoder-reduced", "dit-xl-2-reduced", "flux-dev-reduced")
+MODELS = (
+    "scenes-unet",
+    "scenes-dit",
+    "sd15-unet-reduced",
+    "sd15-vae-decoder-reduced",
+    "dit-xl-2-reduced",
+    "flux-dev-reduced",
+)
 PAIRS = (("hasten inductor", "inductor"), ("hasten aoti", "inductor"), ("hasten onnxruntime", "onnxruntime"))
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 Run = Callable[[], object]

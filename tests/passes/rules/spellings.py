@@ -80,9 +80,7 @@ CASES: dict[str, Case] = {
     "no-scale": Case(lambda q, k, v: (q @ kt(k)).softmax(-1) @ v),
     "number-first": Case(lambda q, k, v: (C * (q @ kt(k))).softmax(-1) @ v),
     "einsum-heads": Case(
-        lambda q, k, v: torch.einsum(
-            "bhij,bhjd->bhid", torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) * C, -1), v
-        )
+        lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) * C, -1), v)
     ),
     "einsum-rows-before-heads": Case(
         lambda q, k, v: torch.einsum(
@@ -100,7 +98,10 @@ CASES: dict[str, Case] = {
     "bmm-scaled": Case(lambda q, k, v: torch.bmm((torch.bmm(q, kt(k)) * C).softmax(-1), v), "bnd"),
     "baddbmm-empty": Case(
         lambda q, k, v: torch.bmm(
-            torch.baddbmm(torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype), q, kt(k), beta=0, alpha=C).softmax(-1), v
+            torch.baddbmm(
+                torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype), q, kt(k), beta=0, alpha=C
+            ).softmax(-1),
+            v,
         ),
         "bnd",
     ),
@@ -113,9 +114,7 @@ CASES: dict[str, Case] = {
     "upcast-softmax": Case(lambda q, k, v: F.softmax(q @ kt(k) * C, -1, dtype=torch.float32).to(q.dtype) @ v),
     "upcast-scores": Case(lambda q, k, v: ((q @ kt(k)).float() * C).softmax(-1).type_as(q) @ v),
     "upcast-bmm": Case(lambda q, k, v: torch.bmm((torch.bmm(q, kt(k)) * C).float().softmax(-1).to(v.dtype), v), "bnd"),
-    "rows-before-heads": Case(
-        lambda q, k, v: heads((heads(q) @ kt(heads(k)) / 2.5).softmax(-1) @ heads(v)), "bnhd"
-    ),
+    "rows-before-heads": Case(lambda q, k, v: heads((heads(q) @ kt(heads(k)) / 2.5).softmax(-1) @ heads(v)), "bnhd"),
     "rows-before-heads-query-scaled": Case(
         lambda q, k, v: ((heads(q) * C) @ kt(heads(k))).softmax(-1) @ heads(v), "bnhd"
     ),
@@ -137,9 +136,7 @@ CASES: dict[str, Case] = {
     "masked-fill-smallest": Case(
         lambda q, k, v, m: (q @ kt(k) * C).masked_fill(m, torch.finfo(q.dtype).min).softmax(-1) @ v, mask="bool"
     ),
-    "masked-fill-negated": Case(
-        lambda q, k, v, m: (q @ kt(k) * C).masked_fill(~m, -1e4).softmax(-1) @ v, mask="bool"
-    ),
+    "masked-fill-negated": Case(lambda q, k, v, m: (q @ kt(k) * C).masked_fill(~m, -1e4).softmax(-1) @ v, mask="bool"),
     "where": Case(
         lambda q, k, v, m: torch.where(m, q @ kt(k) * C, torch.finfo(q.dtype).min).softmax(-1) @ v, mask="bool"
     ),
@@ -150,24 +147,18 @@ CASES: dict[str, Case] = {
         lambda q, k, v, m: (q @ kt(k) * C).masked_fill((m == 0), float("-inf")).softmax(-1) @ v, mask="int"
     ),
     "causal-triu": Case(
-        lambda q, k, v: (
-            (q @ kt(k) * C + torch.full((q.shape[2], q.shape[2]), float("-inf")).triu(1)).softmax(-1) @ v
-        ),
+        lambda q, k, v: (q @ kt(k) * C + torch.full((q.shape[2], q.shape[2]), float("-inf")).triu(1)).softmax(-1) @ v,
         "square",
     ),
     "causal-where": Case(
-        lambda q, k, v: (
-            torch.where(causal(q.shape[2], q.shape[2]), q @ kt(k) * C, float("-inf")).softmax(-1) @ v
-        ),
+        lambda q, k, v: torch.where(causal(q.shape[2], q.shape[2]), q @ kt(k) * C, float("-inf")).softmax(-1) @ v,
         "square",
     ),
     "zero-mask": Case(lambda q, k, v: (q @ kt(k) * C + torch.zeros(q.shape[2], k.shape[2])).softmax(-1) @ v),
     "dropout-inactive": Case(lambda q, k, v: F.dropout((q @ kt(k) * C).softmax(-1), 0.1, training=False) @ v),
     "dropout-zero": Case(lambda q, k, v: torch.dropout((q @ kt(k) * C).softmax(-1), 0.0, True) @ v),
     "manual-softmax": Case(lambda q, k, v: manual_softmax(q @ kt(k) * C) @ v),
-    "max-subtracted": Case(
-        lambda q, k, v: ((s := q @ kt(k) * C) - s.amax(-1, keepdim=True)).softmax(-1) @ v
-    ),
+    "max-subtracted": Case(lambda q, k, v: ((s := q @ kt(k) * C) - s.amax(-1, keepdim=True)).softmax(-1) @ v),
     "vae-block": Case(vae_block, "bnd"),
     "guided-diffusion": Case(guided_diffusion, "bnd"),
     "mbart": Case(mbart, mask="float"),
@@ -188,9 +179,7 @@ CASES: dict[str, Case] = {
     "fused-bool": Case(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), mask="bool"),
     "fused-causal": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), "square"),
     "fused-three-axes": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), "bnd"),
-    "fused-grouped": Case(
-        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
-    ),
+    "fused-grouped": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)),
 }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spellings import CASES, Case, inputs
+
 from hasten.passes import pipeline
 from hasten.passes.fx.graph import FxGraph
 from hasten.passes.fx.site_check import SiteCheck
 from hasten.passes.rule import Report
-
-from spellings import CASES, Case, inputs
 
 
 class Module(torch.nn.Module):
@@ -76,7 +76,9 @@ def test_is_recognised_and_equal(name: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["scores-multiplied", "upcast-softmax", "upcast-scores", "rows-before-heads", "upcast-bmm"])
+@pytest.mark.parametrize(
+    "name", ["scores-multiplied", "upcast-softmax", "upcast-scores", "rows-before-heads", "upcast-bmm"]
+)
 def test_half_precision_is_no_worse_than_the_spelling(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     args = inputs(case, dtype)

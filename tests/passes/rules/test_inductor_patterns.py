@@ -6,11 +6,12 @@ import inspect
 
 import pytest
 import torch
+from torch._inductor.fx_passes import fuse_attention
+
 from hasten.passes import pipeline
 from hasten.passes.fx.graph import FxGraph
 from hasten.passes.fx.site_check import SiteCheck
 from hasten.passes.rule import Report
-from torch._inductor.fx_passes import fuse_attention
 
 PATTERNS = {
     name: function
@@ -57,7 +58,11 @@ def arguments(name: str) -> tuple[list[float | None], list[torch.Tensor]]:
         elif name in ("_sfdp_pattern_15", "_sfdp_pattern_17", "_sfdp_pattern_20"):
             tensors.append(torch.tensor([[3, 1, 0, 2, 1, 0], [1, 0, 0, 7, 1, 1]]))  # any non-zero number attends
         else:
-            tensors.append(torch.randn((2, 1, 1, rows) if name != "_sfdp_pattern_24" else (2, 1, rows, rows), generator=rng).to(dtype))
+            tensors.append(
+                torch.randn((2, 1, 1, rows) if name != "_sfdp_pattern_24" else (2, 1, rows, rows), generator=rng).to(
+                    dtype
+                )
+            )
     return values, tensors
 
 
@@ -83,7 +88,9 @@ def test_search_function_is_matched(name: str, decomposed: bool) -> None:
     assert report.reverted == ()
     assert report.hits == 1, report.misses
     got, want = graph(*tensors), module(*tensors)
-    for g, w in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,), strict=True):
+    for g, w in zip(
+        got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,), strict=True
+    ):
         assert (g.double() - w.double()).norm() <= (1e-3 if name in HALF_ONLY else 1e-5) * w.double().norm()
 
 
