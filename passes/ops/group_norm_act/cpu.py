@@ -1,10 +1,11 @@
 """GroupNorm + activation in plain torch operators, in the form that Inductor's C++ code generator does best.
 
-Each block of neighbouring pixels of one channel is summed around its own first pixel, the blocks' (mean, M2) are combined
-with Chan's formula, and the result is applied as one multiply-add around the mean of the group's first block. Compared with
-Inductor's own decomposition of ``native_group_norm``, on the layers of Stable Diffusion 1.5 and its decoder, one thread:
+Each block of neighbouring pixels of one channel is summed around its own first pixel, the blocks' (mean, M2) are
+combined with Chan's formula, and the result is applied as one multiply-add around the mean of the group's first block.
+Compared with Inductor's own decomposition of ``native_group_norm``, on layers of Stable Diffusion 1.5, one thread:
 
-* two independent sums instead of Welford's chain: 1.1 to 1.3 times as fast on contiguous float32 maps (0.9 in bfloat16);
+* two independent sums instead of Welford's chain: 1.1 to 1.3 times as fast on contiguous float32 maps (0.9 to 1.2 in
+  bfloat16);
 * a block reduction keeps C as the inner axis of a channels-last map, instead of striding over the whole map for every
   group: 1.1 to 2 times as fast, 6 times at 128 channels and 256x256. No layout has to be known, which matters because
   Inductor moves convolutions' outputs to channels-last long after this code is traced;
