@@ -1,4 +1,4 @@
-"""Floating-point operations and memory traffic of an ONNX graph, from inferred shapes; counted as `passes.fx.flops` does.
+"""Operations and memory traffic of an ONNX graph, from inferred shapes; counted as `passes.fx.flops` does.
 
 A node whose shapes are not known costs nothing, and `costs` says how many those are. Symbolic sizes count as 1.
 """

@@ -1,0 +1,180 @@
+"""What several verbs take on the command line, and a parser that answers a wrong word with one sentence."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hasten.errors import UsageError, nearest
+from hasten.passes import catalog
+
+VERIFY = ("structure", "sites", "model")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UsageError` instead of ending the process, and names the nearest option for one that is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            word = unknown[0].partition("=")[0]
+            if word.startswith("-"):
+                raise UsageError(f"there is no option {word!r}.{nearest(word, options)}")
+            raise UsageError(f"there is one word too many: {word!r}")
+        return found
+
+
+def examples(lines: Iterable[str]) -> str:
+    """The end of a verb's help."""
+    return "\n".join(("examples:", *(f"  {line}" for line in lines)))
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="say more, with tracebacks; -vv: everything")
+    group.add_argument("-q", "--quiet", action="count", default=0, help="no progress and no warnings")
+
+
+def source_options(parser: argparse.ArgumentParser) -> None:
+    """How a named model is read."""
+    group = parser.add_argument_group("named models")
+    group.add_argument("--reduced", action="store_true", help="the model's reduced form: all blocks, narrow and small")
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="a diffusers model directory (safetensors) instead of random weights",
+    )
+
+
+def rule_options(parser: argparse.ArgumentParser, *, verify: bool = True) -> None:
+    """What the rules may do and must find."""
+    group = parser.add_argument_group("rules")
+    group.add_argument(
+        "--expect",
+        type=expectations,
+        default={},
+        metavar="RULE=N,…",
+        help="fail (exit code 3) unless each rule, or rule.variant, has exactly so many sites",
+    )
+    group.add_argument("--skip", type=pass_names, default=(), metavar="NAME,…", help="leave these passes out")
+    group.add_argument("--fuel", type=whole(0), metavar="N", help="stop after N rewrites, to bisect a difference")
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail (exit code 5) where a rewrite does not verify, instead of undoing it",
+    )
+    if verify:
+        group.add_argument(
+            "--verify",
+            type=one_of(VERIFY),
+            default="sites",
+            metavar="LEVEL",
+            help="structure: the graph is well formed; sites (default): and every rewrite equals what it replaces; "
+            "model: and the whole result equals the original",
+        )
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number from ``least`` up."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return number
+
+    return read
+
+
+def number(text: str) -> float:
+    """A finite number from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return value
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """One of these words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}.{nearest(text, choices)}")
+        return text
+
+    return read
+
+
+def target(text: str) -> str:
+    """A target, as `hasten.backends.target.parse_target` reads it."""
+    from hasten.backends.target import parse_target
+
+    try:
+        return str(parse_target(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2] or str(error)) from error
+
+
+def rule_names() -> tuple[str, ...]:
+    """The rules: those passes that match sites."""
+    return catalog.default("fx")
+
+
+def expectations(text: str) -> dict[str, int]:
+    """``attention=32,group-norm-act.silu=45`` -> counts by rule.
+
+    >>> expectations("attention=32,group-norm-act.silu=45")
+    {'attention': 32, 'group-norm-act.silu': 45}
+    """
+    counts: dict[str, int] = {}
+    for item in text.split(","):
+        key, equals, count = item.partition("=")
+        if not equals or not count.isdecimal():
+            raise argparse.ArgumentTypeError(f"{item!r} is not written RULE=NUMBER, as in attention=32")
+        name = key.partition(".")[0]
+        if name not in rule_names():
+            raise argparse.ArgumentTypeError(
+                f"there is no rule {name!r}; rules: {', '.join(rule_names())}.{nearest(name, rule_names())}"
+            )
+        if key in counts:
+            raise argparse.ArgumentTypeError(f"{key!r} is named twice")
+        counts[key] = int(count)
+    return counts
+
+
+def pass_names(text: str) -> tuple[str, ...]:
+    """``gelu,attention`` -> names of passes."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in catalog.names():
+            raise argparse.ArgumentTypeError(
+                f"there is no pass {name!r}; passes: {', '.join(catalog.names())}.{nearest(name, catalog.names())}"
+            )
+    return names
+
+
+def passes(text: str) -> str:
+    """A pipeline, as `hasten.passes.pipeline.parse` reads it."""
+    from hasten.passes.pipeline import parse
+
+    try:
+        parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("passes: ")) from error
+    return text
