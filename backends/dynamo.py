@@ -37,7 +37,7 @@ OPTIONS = {
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 counters: Counter[str] = Counter()
-"""``compiled``, ``training`` (graphs passed through), ``failed`` (graphs on which a pass failed and that were not changed)."""
+"""``compiled``, ``training`` (graphs passed through), ``failed`` (a pass failed; the graph was compiled as it was)."""
 
 reports: deque[Report] = deque(maxlen=64)
 """What was done to the most recent graphs, newest last."""
@@ -159,7 +159,10 @@ def fingerprint() -> bytes:
 
 
 class _Key(CustomGraphPass):
-    """Changes nothing; its ``uuid`` makes Inductor's caches miss when our files change. Calls the user's pass, if any."""
+    """Changes nothing; its ``uuid`` makes Inductor's caches miss when our files change.
+
+    Calls the user's pass, if any.
+    """
 
     def __init__(self, inner: Any = None) -> None:
         self.inner = inner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hasten.backends.manifest import Dim, TensorSpec
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs, outputs, and the range of every symbolic size that an input names."""
+    """Inputs, outputs, the range of every symbolic size that an input names, and arguments that were frozen."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dims: Mapping[str, tuple[int, int | None]]
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 def signature(model: onnx.ModelProto) -> Signature:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 VERIFY = ("structure", "sites", "model")
-"""``structure``: the graph is well formed after every pass. ``sites``: and every rewrite equals what it replaces on random
-inputs. ``model``: and the whole result equals the original on the example inputs and on a second set."""
+"""``structure``: the graph is well formed after every pass. ``sites``: and every rewrite equals what it replaces on
+random inputs. ``model``: and the whole result equals the original on the example inputs and on a second set."""
 
 
 def optimize(
@@ -39,9 +39,9 @@ def optimize(
 ) -> tuple[torch.fx.GraphModule, Report]:
     """Capture ``module`` and rewrite its graph with exact rules.
 
-    Returns the rewritten graph module, which is called like the original, and the `Report`. ``expect`` maps a rule, or
-    ``rule.variant``, to the number of sites it must have (`ExpectationError` otherwise); ``fuel`` stops after that many
-    rewrites; ``skip`` names passes to leave out. A site whose verification fails is left as it was and named in
+    Returns the rewritten graph module, which is called like the original, and the `Report`. ``expect`` maps a rule,
+    or ``rule.variant``, to the number of sites it must have (`ExpectationError` otherwise); ``fuel`` stops after that
+    many rewrites; ``skip`` names passes to leave out. A site whose verification fails is left as it was and named in
     ``report.reverted``; with ``strict`` it raises `VerificationError` instead.
     """
     from hasten.backends.capture import capture
@@ -81,8 +81,8 @@ def optimize_onnx(
 ) -> tuple[onnx.ModelProto, Report]:
     """Rewrite an ONNX model, given as a path or in memory, for ``target``; see `optimize` for the options.
 
-    Every operator of ours that stays in the result has a function body in standard operators, so the result runs in any
-    runtime.
+    Every operator of ours that stays in the result has a function body in standard operators, so the result runs in
+    any runtime.
     """
     from hasten.passes.onnx import io
     from hasten.passes.onnx.graph import OnnxGraph
@@ -141,7 +141,8 @@ def _finish(report: Report, expect: Mapping[str, int] | None, strict: bool) -> N
         rule, site = report.reverted[0]
         more = f" ({len(report.reverted) - 1} more)" if len(report.reverted) > 1 else ""
         raise VerificationError(
-            f"{rule} at {site.where}: {site.reason}{more}; the site was left as it was: run without --strict, or with --skip {rule}"
+            f"{rule} at {site.where}: {site.reason}{more}; the site was left as it was: "
+            f"run without --strict, or with --skip {rule}"
         )
     if expect:
         report.expect(expect)

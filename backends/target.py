@@ -56,6 +56,11 @@ class Target:
         """
         return {"onnxruntime": 23, "tensorrt": 22, "tensorrt-rtx": 22}.get(self.backend)
 
+    @property
+    def needs_profiles(self) -> bool:
+        """Whether dynamic sizes must be bounded when an engine is built."""
+        return self.backend in ("tensorrt", "tensorrt-rtx")
+
     def covers(self, pattern: str) -> bool:
         """Whether a row of the support table is about this target; ``pattern``: ``*``, backend, or backend:part."""
         backend, _, part = pattern.partition(":")

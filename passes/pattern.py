@@ -9,8 +9,8 @@ alpha), ``einsum`` (equation), ``sdpa`` (scale, causal, gqa), ``group_norm`` (x,
 ``instance_norm`` (x, weight?, bias?; eps), ``mean var sum max`` (axes, keepdims; var: correction), ``reshape`` (x),
 ``transpose`` (perm), ``expand``, ``repeat`` (axis, times), ``part`` (axis, index, parts), ``where`` (condition, a,
 b), ``masked_fill`` (x, mask, value), ``conv2d`` (x, weight, bias?; stride, padding, dilation, groups),
-``upsample_nearest`` (scale), ``pad`` (pads, value),
-``filled`` (a tensor of one number, shaped like x), ``any eq logical_not logical_and logical_or``. Axes are never negative in a view's answer.
+``upsample_nearest`` (scale), ``pad`` (pads, value), ``filled`` (a tensor of one number, shaped like x), ``any eq
+logical_not logical_and logical_or``. Axes are never negative in a view's answer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class GraphView(Protocol[V]):
         """How many operand slots (and graph outputs) read ``value``."""
 
     def obstacle(self, first: Iterable[V], root: V, /) -> str | None:
-        """Why the values ``first`` cannot be computed at ``root`` instead: something between changes a tensor in place."""
+        """Why values ``first`` cannot be computed at ``root`` instead: a tensor is changed in place between."""
 
     def where(self, value: V, /) -> str:
         """A name that a user can find again."""
@@ -94,7 +94,7 @@ class GraphView(Protocol[V]):
 
 @dataclass
 class Match(Generic[V]):
-    """What a successful match bound: values, attributes, dims and tags by name, and the operand slots it went through."""
+    """What a match bound: values, attributes and tags by name, and the operand slots it went through."""
 
     values: dict[str, V | None] = field(default_factory=dict)
     attrs: dict[str, Attr] = field(default_factory=dict)
@@ -308,7 +308,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Product:
-    """Matches ``scale * a * b * …`` however it is associated, ordered, or written with powers and divisions by constants."""
+    """Matches ``scale * a * b * …`` however it is associated, ordered, or written with powers and quotients."""
 
     scale: float
     factors: tuple[Pattern, ...]

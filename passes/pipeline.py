@@ -98,12 +98,12 @@ def _options(name: str, text: str | None) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def run(

@@ -151,6 +151,17 @@ class Fuel:
 Verifier = Callable[[GraphView[Any], Any, Any, Match[Any]], "str | None"]
 
 
+def _other_kind(view: GraphView[V], old: V, new: V) -> str | None:
+    """Why ``new`` cannot stand for ``old`` whatever its content: another type, another static shape."""
+    types = view.dtype(new), view.dtype(old)
+    if None not in types and types[0] != types[1]:
+        return f"the replacement is {types[0]}, it was {types[1]}"
+    got, want = view.shape(new), view.shape(old)
+    if got is None or want is None or not all(isinstance(d, int) for d in (*got, *want)) or got == want:
+        return None
+    return f"the replacement has shape {got}, it was {want}"
+
+
 def apply(rule: Rule, view: GraphView[V], *, fuel: Fuel | None = None, verify: Verifier | None = None) -> RuleReport:
     """Rewrite every match of ``rule``, users before producers so that the largest match wins.
 
@@ -175,7 +186,10 @@ def apply(rule: Rule, view: GraphView[V], *, fuel: Fuel | None = None, verify: V
                 found = Miss(why, tuple(found.ops))
             if isinstance(found, Match):
                 new = rule.replace(view, found, root)
-                if verify is not None and (why := verify(view, root, new, found)) is not None:
+                why = _other_kind(view, root, new)
+                if why is None and verify is not None:
+                    why = verify(view, root, new, found)
+                if why is not None:
                     reverted.append(MissSite(view.where(root), why))
                     view.discard()
                     logger.warning("%s at %s was taken back: %s", rule.name, view.where(root), why)

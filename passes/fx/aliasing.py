@@ -13,8 +13,8 @@ from hasten.passes.fx.tables import mutates
 def written(graph: fx.Graph, name_of: Any) -> set[fx.Node]:
     """Every node whose memory some call changes, and the nodes that it may be a view of.
 
-    A call may return a view of its first operand unless it is a random or constant factory, which has none; taking too
-    many for views only makes fewer values known.
+    A call may return a view of its first operand unless it is a random or constant factory, which has none; taking
+    too many for views only makes fewer values known.
     """
     found: set[fx.Node] = set()
     for node in graph.nodes:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from hasten.errors import VerificationError
+from hasten.passes.fx.aliasing import written
 from hasten.passes.fx.tables import mutates
 from hasten.passes.fx.view import FxView, call_name, fake
 
@@ -25,6 +26,7 @@ class FxGraph:
         for inner in self.modules():
             _drop_metadata_assertions(inner.graph)
             _free_shape_operands(inner.graph)
+            _let_views_copy(inner.graph)
 
     def modules(self) -> Iterator[fx.GraphModule]:
         """Every graph module once, outermost first."""
@@ -54,7 +56,7 @@ class FxGraph:
             for node in inner.graph.nodes:
                 if "hasten_rule" in node.meta and not _same_kind(node):
                     raise VerificationError(
-                        f"{node.name}, made by {node.meta['hasten_rule']}, has no shape and type; this is a defect of the rule"
+                        f"{node.name}, made by {node.meta['hasten_rule']}, has no shape and type: a defect of the rule"
                     )
 
     def op_counts(self) -> dict[str, int]:
@@ -68,7 +70,7 @@ class FxGraph:
 
 
 def _drop_metadata_assertions(graph: fx.Graph) -> None:
-    """What export asserts of shapes and types on the way is what it found there itself, and each assertion is a user."""
+    """What export asserts of types on the way is what it found there itself, and each assertion is a user."""
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)):
         graph.erase_node(node)
 
@@ -85,6 +87,25 @@ def _free_shape_operands(graph: fx.Graph) -> None:
         node.op = "call_function"
         node.target = torch.ops.aten.expand.default if expands else torch.ops.aten.to.dtype
         node.args = (node.args[0], list(value.shape) if expands else value.dtype)
+
+
+def _let_views_copy(graph: fx.Graph) -> None:
+    """``x.view(sizes)`` fails on a memory layout that a fused operator may return; ``reshape`` copies there instead.
+
+    Where memory is written to in place, a copy would lose the write: such views stay.
+    """
+    kept = written(graph, call_name)
+    for node in graph.nodes:
+        if node in kept or any(user in kept for user in node.users):
+            continue
+        if (
+            node.op == "call_method"
+            and node.target == "view"
+            and isinstance(node.args[-1], (int, tuple, list, fx.Node))
+        ):
+            node.target = "reshape"
+        elif node.op == "call_function" and node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _has_calls(module: fx.GraphModule) -> bool:

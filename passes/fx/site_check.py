@@ -20,7 +20,10 @@ LARGEST = 1 << 26
 
 
 class SiteCheck:
-    """A `hasten.passes.rule.Verifier` for FX graphs. Equal sites are checked once; ``unchecked`` counts those too large."""
+    """A `hasten.passes.rule.Verifier` for FX graphs.
+
+    Equal sites are checked once; ``unchecked`` counts those too large.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

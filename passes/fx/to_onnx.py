@@ -1,4 +1,4 @@
-"""A rewritten FX graph -> ONNX: the fused operators become nodes of domain ``hasten``, everything else torch's exporter maps.
+"""A rewritten FX graph -> ONNX: fused operators become nodes of domain ``hasten``, torch's exporter maps the rest.
 
 Nothing is matched again on the ONNX side; what is left there is to legalise for the target.
 """

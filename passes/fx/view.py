@@ -198,7 +198,7 @@ class FxView:
         self.fresh.clear()
 
     def _drop(self, node: fx.Node) -> None:
-        """Erase a replaced node and what only it read: dead-code elimination keeps attention, which may draw numbers."""
+        """Erase a replaced node and what only it read: dead-code elimination keeps SDPA, which may draw numbers."""
         if node.users or self.op(node) is None or tables.mutates(node, call_name(node)):
             return
         read = node.all_input_nodes

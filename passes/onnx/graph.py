@@ -95,6 +95,8 @@ class OnnxGraph:
         self._enter(imported, model.graph, "", None)
         for function, template in zip(imported.functions, kept, strict=True):
             self._enter(function, template, f"{template.domain}.{template.name}", None)
+        for scope in self.scopes:
+            _sort(scope)
         self.names = {t.name for s in self.scopes for t in tensors_of(s.graph)}
         self.node_names = {n.name for s in self.scopes for n in s.graph.nodes}
         self.infer()

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 def verify(graph: OnnxGraph) -> None:
     """Raise `VerificationError` unless every name is made once and before its use, and ONNX's checker agrees."""
-    model = graph.to_model(strip=True, infos=False)
+    verify_model(graph.to_model(strip=True, infos=False))
+
+
+def verify_model(model: onnx.ModelProto) -> None:
+    """`verify` for a proto below 2 GB."""
     bodies = {(f.domain, f.name, f.overload) for f in model.functions}
     _names(model.graph, set(), set(), "")
     _operators(model.graph, bodies)

@@ -35,7 +35,7 @@ class Operand(Generic[V]):
 
 @dataclass(frozen=True)
 class Plan(Generic[V]):
-    """What was found, ready to be emitted. ``out`` is the result's axes order; ``flat`` merges batch and heads again."""
+    """What is to be emitted. ``out`` is the result's axes order; ``flat`` is its shape with heads merged again."""
 
     query: Operand[V]
     key: Operand[V]
@@ -49,7 +49,7 @@ class Plan(Generic[V]):
 
 @dataclass(frozen=True)
 class SoftmaxAttention:
-    """Matches the last product of a spelled-out attention, or the reshape that takes its heads apart; binds ``plan``."""
+    """Matches the last product of an attention, or the reshape that takes its heads apart; binds ``plan``."""
 
     def search(self, view: GraphView[V], value: V | None, found: Match[V]) -> str | None:
         if value is None or (op := view.op(value)) is None:
@@ -170,7 +170,7 @@ def _query_and_key(
 def _operand(
     view: GraphView[V], value: V, letters: str, wanted: tuple[str, ...], rank: int, scaled: bool
 ) -> tuple[Operand[V] | None, float, str]:
-    """Fold transposes (and factors, for query and key) into the axes order; take merged heads apart where ``rank`` asks."""
+    """Fold transposes (and factors, if ``scaled``) into the axes order; take merged heads apart if ``rank`` asks."""
     value, letters, factor = _fold(view, value, letters, scaled)
     if len(letters) < rank:
         source = same_heads(view, value)

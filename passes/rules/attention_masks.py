@@ -1,4 +1,4 @@
-"""Masks of an attention: gathered while its scores are walked, then combined into the one that the fused operator takes.
+"""Masks of an attention: gathered while its scores are walked, then combined into the fused operator's one.
 
 A bool mask says where attention is allowed. A filler of -inf means exactly that. A finite filler (-1e4, the smallest
 float) does too, except for a row that may attend to nothing: its weights are then uniform. Such rows are kept as they
@@ -63,7 +63,7 @@ def of_fused(view: GraphView[V], mask: V) -> Masks[V]:
 
 @dataclass(frozen=True)
 class Mask(Generic[V]):
-    """The one mask of a fused attention: ``value`` is bool, or of the query's type; ``causal`` stands for a known one."""
+    """The mask of a fused attention: ``value`` is bool or of the query's type; ``causal`` stands for a known one."""
 
     query: V
     value: V | None = None

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from hasten.models import registry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tables"))

@@ -1,8 +1,8 @@
 """Every node case of ONNX's own backend test through the optimiser: what is recognised, and whether the outputs stay.
 
-Run it as a script for the table: ``python tests/tables/onnx_node_tests.py [--target onnxruntime:cpu] [--only attention]``.
-Cases that ONNX Runtime's CPU provider does not run, or whose expected outputs it misses, are left out. ``_expanded``
-cases are ONNX's own decompositions of an operator: they hold the same computation spelled out.
+Run it as a script for the table: ``python tests/tables/onnx_node_tests.py [--target onnxruntime:cpu] [--only
+attention]``. Cases that ONNX Runtime's CPU provider does not run, or whose expected outputs it misses, are left out.
+``_expanded`` cases are ONNX's own decompositions of an operator: they hold the same computation spelled out.
 """
 
 from __future__ import annotations

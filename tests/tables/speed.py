@@ -1,8 +1,8 @@
 """Plain Inductor and plain ONNX Runtime against hasten on the same, side by side in one run.
 
-``python tests/tables/speed.py [--rounds N] [--write BENCHMARKS.md] [MODEL …]``. Every round runs each implementation once, in
-turn, so that a change of the machine's speed meets all of them; a ratio is taken within a round, and quoted as median with
-the 20th and 80th percentile. Above one is faster.
+``python tests/tables/speed.py [--rounds N] [--write BENCHMARKS.md] [MODEL …]``. Every round runs each implementation
+once, in turn, so that a change of the machine's speed meets all of them; a ratio is taken within a round, and quoted
+as median with the 20th and 80th percentile. Above one is faster.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     lines = [
-        "| model | eager ms | Inductor ms | hasten, Inductor ms | hasten, AOTInductor ms | ONNX Runtime ms | hasten, ONNX Runtime ms "
-        "| hasten/Inductor | hasten AOTI/Inductor | hasten/ONNX Runtime |",
+        "| model | eager ms | Inductor ms | hasten, Inductor ms | hasten, AOTInductor ms | ONNX Runtime ms "
+        "| hasten, ONNX Runtime ms | hasten/Inductor | hasten AOTI/Inductor | hasten/ONNX Runtime |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in args.models:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"model": name, "seconds": seconds, "ratios": ratios}), flush=True)
         order = ("eager", "inductor", "hasten inductor", "hasten aoti", "onnxruntime", "hasten onnxruntime")
         cells = [f"{statistics.median(seconds[n]) * 1e3:.1f}" for n in order]
-        cells += [f"{m:.2f} ({low:.2f}–{high:.2f})" for m, low, high in ratios.values()]
+        cells += [f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in ratios.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     where = f"{processor()}, {args.threads} threads, float32, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}"

@@ -1,7 +1,7 @@
 """Attention as the diffusion and language zoo spells it: name -> (function of q, k, v [, mask], layout, mask kind).
 
-Collected from CompVis, diffusers (classic processors), guided-diffusion, timm, BERT/DistilBERT/GPT-2/T5 in transformers,
-NCSN++/VAE attention blocks, and the forms in which exporters write the same.
+Collected from CompVis, diffusers (classic processors), guided-diffusion, timm, BERT/DistilBERT/GPT-2/T5 in
+transformers, NCSN++/VAE attention blocks, and the forms in which exporters write the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ C = 8**-0.5
 
 @dataclass(frozen=True)
 class Case:
-    """``layout``: bhnd, bnhd (heads after rows) or bnd (heads merged into the batch). ``mask``: none, float, bool, int."""
+    """``layout``: bhnd, bnhd (heads after rows) or bnd (heads merged into the batch).
+
+    ``mask``: none, float, bool, int.
+    """
 
     function: Spelling
     layout: str = "bhnd"
