@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hasten.passes.fx.tables import mutates
+from hasten.passes.fx.call import mutates
 
 
 def written(graph: fx.Graph, name_of: Any) -> set[fx.Node]:

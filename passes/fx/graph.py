@@ -10,7 +10,7 @@ from torch import fx
 
 from hasten.errors import VerificationError
 from hasten.passes.fx.aliasing import written
-from hasten.passes.fx.tables import mutates
+from hasten.passes.fx.call import mutates
 from hasten.passes.fx.view import FxView, call_name, fake
 
 

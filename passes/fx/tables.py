@@ -1,72 +1,19 @@
-"""Which FX call is which neutral operator, and which ATen call stands for a neutral operator: two tables.
+"""Which FX call is which neutral operator: one table for Dynamo's functions and methods and for ATen's operators.
 
 Names are shared by function, method and ATen operator (``softmax``); ``F.`` marks a function of
 ``torch.nn.functional`` whose arguments are in another order. ``arguments`` are the positional names, so that a row
-reads keywords as well.
+reads keywords as well. `hasten.passes.fx.write` is the other way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from hasten.passes import ops as _ops  # noqa: F401  (registers torch.ops.hasten)
+from hasten.passes.fx.call import Call, Row, TupleRow
 from hasten.passes.pattern import OpView
-
-if TYPE_CHECKING:
-    from hasten.passes.fx.view import FxView
-
-aten = torch.ops.aten
-
-
-@dataclass
-class Call:
-    """One node's arguments by name."""
-
-    view: FxView
-    node: fx.Node
-    name: str
-    arguments: tuple[str, ...]
-
-    def raw(self, name: str, default: Any = None) -> Any:
-        position = self.arguments.index(name) if name in self.arguments else -1
-        if 0 <= position < len(self.node.args):
-            return self.node.args[position]
-        return self.node.kwargs.get(name, default)
-
-    def value(self, name: str) -> Any:
-        """The argument as an operand; None where it is absent."""
-        return self.view.lift(self.raw(name))
-
-    def rest(self, name: str) -> tuple[Any, ...]:
-        """The list argument ``name``, also where a method was given its items one by one."""
-        first = self.raw(name, ())
-        if isinstance(first, (tuple, list)):
-            return tuple(first)
-        return tuple(self.node.args[self.arguments.index(name) :])
-
-    def shape(self, name: str) -> tuple[Any, ...] | None:
-        operand = self.value(name)
-        return None if operand is None else self.view.shape(operand)
-
-    def axis(self, axis: Any, name: str = "self", extra: int = 0) -> int | None:
-        """A non-negative axis of operand ``name``, or None where it cannot be told."""
-        shape = self.shape(name)
-        if shape is None or not isinstance(axis, int):
-            return None
-        return axis % (len(shape) + extra) if len(shape) + extra else 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """Positional argument names and how to read the call; the reader returns None to leave the node unknown."""
-
-    arguments: tuple[str, ...]
-    read: Callable[[Call], OpView[Any] | None]
 
 
 def _operands(call: Call, *names: str) -> tuple[Any, ...] | None:
@@ -303,14 +250,6 @@ def _var_mean(call: Call, index: int) -> OpView[Any] | None:
     return OpView("var", operands, {**attrs, "correction": 1 if correction is None else int(correction)})
 
 
-@dataclass(frozen=True)
-class TupleRow:
-    """How to read one item of a node that makes a tuple."""
-
-    arguments: tuple[str, ...]
-    read: Callable[[Call, int], OpView[Any] | None]
-
-
 def _slice(call: Call) -> OpView[Any] | None:
     operands, axis, shape = _operands(call, "self"), call.axis(call.raw("dim", 0)), call.shape("self")
     if operands is None or axis is None or shape is None:
@@ -400,8 +339,8 @@ READ: dict[str, Row] = {
     "rsub": _binary("sub", swapped=True), "eq": _binary("eq"), "ne": _binary("ne"),
     "neg": _unary("neg"), "exp": _unary("exp"), "erf": _unary("erf"), "tanh": _unary("tanh"), "sqrt": _unary("sqrt"),
     "rsqrt": _unary("rsqrt"), "sigmoid": _unary("sigmoid"), "silu": _unary("silu"),
-    "logical_not": _unary("logical_not"), "bitwise_not": _unary("logical_not"), "invert": _unary("logical_not"), "reciprocal": _unary("reciprocal"),
-    "square": _unary("square"),
+    "logical_not": _unary("logical_not"), "bitwise_not": _unary("logical_not"), "invert": _unary("logical_not"),
+    "reciprocal": _unary("reciprocal"), "square": _unary("square"),
     "full_like": _unary("filled"), "zeros_like": _unary("filled"),
     "gelu": Row(("self",), _gelu),
     "softmax": Row(("self", "dim", "dtype"), _softmax),
@@ -454,82 +393,3 @@ TUPLES: dict[str, TupleRow] = {
 def _matmul(call: Call, second: str) -> OpView[Any] | None:
     operands = _operands(call, "self", second)
     return OpView("matmul", operands) if operands else None
-
-
-def mutates(node: fx.Node, name: str) -> bool:
-    """Whether a call changes one of its arguments in place."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    in_place = name.endswith("_") and not name.endswith("__")
-    assigns = name in ("setitem", "iadd", "isub", "imul", "itruediv", "copy_")
-    return in_place or assigns or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-Written = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-
-
-def _plain(target: Callable[..., Any], *names: str) -> Callable[[FxView, list[Any], Any], Written]:
-    """Operands, then the named attributes, in order."""
-
-    def write(view: FxView, inputs: list[Any], attrs: Any) -> Written:
-        return target, (*inputs, *(list(a) if isinstance(a := attrs[n], tuple) else a for n in names)), {}
-
-    return write
-
-
-def _scalar_or_tensor(name: str) -> Callable[[FxView, list[Any], Any], Written]:
-    packet = getattr(aten, name)
-
-    def write(view: FxView, inputs: list[Any], attrs: Any) -> Written:
-        scalar = not isinstance(inputs[1], fx.Node)
-        return (packet.Scalar if scalar else packet.Tensor), tuple(inputs), {}
-
-    return write
-
-
-def _write_where(view: FxView, inputs: list[Any], attrs: Any) -> Written:
-    overload = aten.where.self if isinstance(inputs[2], fx.Node) else aten.where.ScalarOther
-    return overload, tuple(inputs), {}
-
-
-def _write_cast(view: FxView, inputs: list[Any], attrs: Any) -> Written:
-    return aten.to.dtype, (inputs[0], getattr(torch, attrs["to"])), {}
-
-
-def _write_unsqueeze(view: FxView, inputs: list[Any], attrs: Any) -> Written:
-    (axis,) = attrs["axes"]
-    return aten.unsqueeze.default, (inputs[0], axis), {}
-
-
-def _write_gelu(view: FxView, inputs: list[Any], attrs: Any) -> Written:
-    return aten.gelu.default, (inputs[0],), {"approximate": attrs["approximate"]}
-
-
-_HASTEN = torch.ops.hasten
-
-WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
-    "attention": _plain(_HASTEN.attention.default, "scale", "causal"),
-    "group_norm_act": _plain(_HASTEN.group_norm_act.default, "groups", "eps", "act"),
-    "geglu": _plain(_HASTEN.geglu.default, "approximate", "gate_first"),
-    "upsample_conv2d": _plain(_HASTEN.upsample_conv2d.default),
-    "gelu": _write_gelu,
-    "add": _scalar_or_tensor("add"), "sub": _scalar_or_tensor("sub"), "mul": _scalar_or_tensor("mul"),
-    "div": _scalar_or_tensor("div"),
-    "where": _write_where, "cast": _write_cast,
-    "logical_not": _plain(aten.logical_not.default), "logical_and": _plain(aten.logical_and.default),
-    "logical_or": _plain(aten.logical_or.default), "any": _plain(aten.any.dims, "axes", "keepdims"),
-    "transpose": _plain(aten.permute.default, "perm"), "reshape": _plain(aten.reshape.default, "shape"),
-    "unsqueeze": _write_unsqueeze, "squeeze": _plain(aten.squeeze.dims, "axes"),
-}  # fmt: skip
-
-RESULT: dict[Any, Callable[..., torch.Tensor]] = {
-    _HASTEN.attention.default: lambda q, k, v, *_: q.new_empty((*q.shape[:-1], v.shape[-1])),
-    _HASTEN.group_norm_act.default: lambda x, *_: torch.empty_like(x),
-    _HASTEN.geglu.default: lambda x, *_: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
-    _HASTEN.upsample_conv2d.default: lambda x, w, *_: x.new_empty(
-        (x.shape[0], w.shape[0], 2 * x.shape[2], 2 * x.shape[3])
-    ),
-}
-"""Shape and type of a fused operator's result, without tracing what it decomposes into."""

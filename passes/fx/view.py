@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from hasten.passes.fx import constants, tables
+from hasten.passes.fx import constants, tables, write
 from hasten.passes.fx.aliasing import written
+from hasten.passes.fx.call import Call, mutates
 from hasten.passes.pattern import Attr, Dim, OpView
 
 Value = Any
@@ -67,7 +68,7 @@ class FxView:
 
     def _number(self) -> None:
         """Positions are only needed where something changes a tensor in place."""
-        mutating = [n for n in self.graph.nodes if tables.mutates(n, call_name(n))]
+        mutating = [n for n in self.graph.nodes if mutates(n, call_name(n))]
         if mutating:
             self._order = {n: i for i, n in enumerate(self.graph.nodes)}
         self._mutations = [(self._order[n], n) for n in mutating]
@@ -82,7 +83,7 @@ class FxView:
         if value not in self._ops:
             name = call_name(value)
             row = tables.READ.get(name)
-            self._ops[value] = row.read(tables.Call(self, value, name, row.arguments)) if row else None
+            self._ops[value] = row.read(Call(self, value, name, row.arguments)) if row else None
         return self._ops[value]
 
     def lift(self, argument: Any) -> Value | None:
@@ -145,7 +146,7 @@ class FxView:
         return value.name if isinstance(value, fx.Node) else str(value.number)
 
     def emit(self, name: str, inputs: list[Value | None], attrs: Mapping[str, Attr], *, at: Value) -> Value:
-        target, args, kwargs = tables.WRITE[name](self, inputs, attrs)
+        target, args, kwargs = write.WRITE[name](self, inputs, attrs)
         return self.call(target, args, kwargs, at=at)
 
     def call(
@@ -160,7 +161,7 @@ class FxView:
         if mode is not None:
             values = torch.fx.node.map_aggregate((args, kwargs), lambda a: fake(a) if isinstance(a, fx.Node) else a)
             with mode, torch.no_grad():
-                new.meta[key] = tables.RESULT.get(target, target)(*values[0], **values[1])
+                new.meta[key] = write.RESULT.get(target, target)(*values[0], **values[1])
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in at.meta:
                 new.meta[name] = at.meta[name]
@@ -199,7 +200,7 @@ class FxView:
 
     def _drop(self, node: fx.Node) -> None:
         """Erase a replaced node and what only it read: dead-code elimination keeps SDPA, which may draw numbers."""
-        if node.users or self.op(node) is None or tables.mutates(node, call_name(node)):
+        if node.users or self.op(node) is None or mutates(node, call_name(node)):
             return
         read = node.all_input_nodes
         self.graph.erase_node(node)

@@ -20,10 +20,13 @@ def _modulates(view: GraphView[Any], found: Match[Any]) -> str | None:
     shape = view.shape(found["x"])
     for name in ("scale", "shift"):
         got = view.shape(found[name])
-        fits = shape is not None and got is not None and len(got) == len(shape)
-        if not fits or got[0] not in (1, shape[0]) or got[1] != shape[1] or any(d != 1 for d in got[2:]):
+        if shape is None or got is None or not _fits(got, shape):
             return f"the {name} has shape {got}, not one number a picture and channel of {shape}"
     return None
+
+
+def _fits(got: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
+    return len(got) == len(shape) and got[0] in (1, shape[0]) and got[1] == shape[1] and all(d == 1 for d in got[2:])
 
 
 _Y = OneOf(
