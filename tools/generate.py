@@ -6,7 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Contender:
     label: str
     denoise: Denoise
     pictures: Any = None
-    times: Times = Times(())
+    times: Times = field(default_factory=lambda: Times(()))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
