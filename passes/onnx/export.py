@@ -69,8 +69,7 @@ class _Writer:
         graphs = {k: v for k, v in node.attrs.items() if isinstance(v, gs.Graph)}
         if graphs:
             template: onnx.NodeProto = node.template
-            proto.op_type, proto.domain, proto.doc_string = template.op_type, template.domain, template.doc_string
-            proto.overload = template.overload
+            _take_over(template, proto, ("op_type", "domain", "doc_string", "overload"))
             proto.metadata_props.extend(template.metadata_props)
             for attribute in template.attribute:
                 written = proto.attribute.add()
@@ -83,7 +82,8 @@ class _Writer:
         else:
             proto.CopyFrom(node.template)
         del proto.input[:], proto.output[:]
-        proto.name = node.name
+        if node.name:
+            proto.name = node.name
         self.domains.add(proto.domain)
         proto.input.extend(t.name for t in node.inputs)
         proto.output.extend(t.name for t in node.outputs)
@@ -93,7 +93,7 @@ class _Writer:
     def graph(self, scope: Scope, proto: onnx.GraphProto) -> None:
         template = scope.template
         assert isinstance(template, onnx.GraphProto)
-        proto.name, proto.doc_string = template.name, template.doc_string
+        _take_over(template, proto, ("name", "doc_string"))
         proto.metadata_props.extend(template.metadata_props)
         proto.input.extend(template.input)
         proto.output.extend(template.output)
@@ -137,8 +137,7 @@ class _Writer:
     def function(self, scope: Scope, proto: onnx.FunctionProto) -> None:
         template = scope.template
         assert isinstance(template, onnx.FunctionProto)
-        for name in ("name", "domain", "overload", "doc_string"):
-            setattr(proto, name, getattr(template, name))
+        _take_over(template, proto, ("name", "domain", "overload", "doc_string"))
         for name in ("input", "output", "attribute", "attribute_proto", "metadata_props"):
             getattr(proto, name).extend(getattr(template, name))
         proto.opset_import.extend(template.opset_import)
@@ -154,6 +153,12 @@ class _Writer:
                 proto.opset_import.append(onnx.helper.make_opsetid(node.domain or "", 1))
         kept = {t.name for t in tensors_of(scope.graph)}
         proto.value_info.extend(v for v in template.value_info if v.name in kept)
+
+
+def _take_over(template: Any, proto: Any, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        if template.HasField(field):
+            setattr(proto, field, getattr(template, field))
 
 
 def _homes(scopes: list[Scope]) -> list[tuple[Any, Scope]]:
