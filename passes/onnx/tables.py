@@ -329,7 +329,7 @@ def _exact_nearest(call: Call) -> bool:
     mode = call.attr("coordinate_transformation_mode", "half_pixel")
     rounding = call.attr("nearest_mode", "round_prefer_floor")
     if mode == "asymmetric":
-        return rounding == "floor"
+        return rounding in ("floor", "round_prefer_floor")
     return mode in ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric") and rounding.startswith("round_prefer")
 
 
@@ -358,6 +358,9 @@ def _resize(call: Call) -> OpView[str] | None:
         return None
     if all(s == 1 for s in scales):
         return OpView("identity", (call.input(0),))
+    rounds = call.attr("coordinate_transformation_mode", "half_pixel") == "asymmetric"
+    if rounds and call.attr("nearest_mode", "round_prefer_floor") != "floor" and max(scales) > 2:
+        return None
     # pytorch_half_pixel reads pixel 0 for an axis of one output pixel; whole factors above 1 never give that.
     return OpView("upsample_nearest", (call.input(0),), {"scale": tuple(int(s) for s in scales[2:])})
 

@@ -227,7 +227,8 @@ def test_shared_weights_of_branches_stay_where_they_were():
         """<ir_version: 10, opset_import: ["" : 18]>
         g (bool c, float[2] x) => (float[2] y) <float[2] w = {1.0, 2.0}> {
           y = If (c) <then_branch: graph = t () => (float[2] r) { r = Mul (x, w) },
-                      else_branch: graph = e () => (float[2] s) <float[2] v = {3.0, 4.0}> { q = Add (x, v) s = Add (q, w) }>
+                      else_branch: graph = e () => (float[2] s) <float[2] v = {3.0, 4.0}>
+                      { q = Add (x, v) s = Add (q, w) }>
         }"""
     )
     graph = OnnxGraph(model)
