@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -18,12 +18,29 @@ if TYPE_CHECKING:
 def infer_graph(graph: OnnxGraph) -> None:
     """ONNX's inference over the model without its large constants; its results go to the tensors."""
     model = export.write(graph, strip=True, infos=False, bodies=functions.Shapes)
+    for node in _nodes(model.graph):
+        _see_through(node)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
     _take(graph, graph.main, inferred.graph)
     by_name = {(f.domain, f.name, f.overload): f for f in model.functions}
     for scope in graph.scopes:
         if scope.is_function:
             _infer_function(graph, scope, by_name, inferred)
+
+
+def _nodes(proto: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in proto.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _nodes(inner)
+
+
+def _see_through(node: onnx.NodeProto) -> None:
+    """ONNX defines GroupNormalization by a body that its inference does not enter; the result is like the input."""
+    if node.op_type == "GroupNormalization" and node.domain in ("", "ai.onnx"):
+        node.op_type = "Identity"
+        del node.input[1:], node.attribute[:]
 
 
 def _take(graph: OnnxGraph, scope: Scope, proto: onnx.GraphProto) -> None:
