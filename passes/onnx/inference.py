@@ -136,6 +136,8 @@ def _infer_standard(node: Any, opsets: list[onnx.OperatorSetIdProto]) -> None:
             known_types[tensor.name] = info.type
             if isinstance(tensor, gs.Constant) and math.prod(tensor.shape) <= 64:
                 data[tensor.name] = onnx.numpy_helper.from_array(tensor.values, tensor.name)
+    if any(t.name and t.name not in known_types for t in node.inputs):
+        return
     try:
         schema = onnx.defs.get_schema(node.op, version, "")
         found = onnx.shape_inference.infer_node_outputs(schema, proto, known_types, data, opset_imports=opsets)

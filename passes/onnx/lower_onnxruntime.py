@@ -48,7 +48,12 @@ def attention(view: OnnxView, value: str, context: Context) -> Lowered | Left:
     if view.opset < 23:
         return Left("kept as a function: before opset 23 there is no kernel for it with a mask or from separate heads")
     if mask is not None:
-        mask = _four_axes(view, mask, value)
+        axis = 1 if split else 2
+        read = [merged(view, str(a), at=value) for a in apart[:2]] if split else [str(q), str(k)]
+        whole = _whole_mask(view, mask, shapes, [(t, axis) for t in read], value)
+        if isinstance(whole, Left):
+            return whole
+        mask = whole
     if split:
         return _merged_heads(view, value, [str(a) for a in apart], "Attention", mask)
     attrs = _attention_attributes(view, value)
@@ -60,9 +65,35 @@ def _scores(shapes: list[Any]) -> int:
     return rows * keys if isinstance(rows, int) and isinstance(keys, int) else 0
 
 
-def _four_axes(view: OnnxView, mask: str, value: str) -> str:
-    missing = 4 - len(view.shape(mask) or ())
-    return mask if missing <= 0 else view.emit("unsqueeze", [mask], {"axes": tuple(range(missing))}, at=value)
+def _whole_mask(view: OnnxView, mask: str, shapes: list[Any], sources: list[tuple[str, int]], value: str) -> str | Left:
+    """The mask with four axes, expanded to rows and keys: the kernel broadcasts over batch and heads only.
+
+    ``sources``: a tensor and the axis of it that tells the number of rows, and one that tells that of keys.
+    """
+    shape = view.shape(mask)
+    if shape is None:
+        return Left("kept as a function: the mask's shape is unknown")
+    shape = (1,) * (4 - len(shape)) + shape
+    wanted = (shapes[0][2], shapes[1][2])
+    if any(got not in (1, want) for got, want in zip(shape[2:], wanted, strict=True)):
+        return Left(f"kept as a function: a mask of shape {shape} is not known to fit {wanted} rows and keys")
+    if (missing := 4 - len(view.shape(mask) or ())) > 0:
+        mask = view.emit("unsqueeze", [mask], {"axes": tuple(range(missing))}, at=value)
+    if shape[2:] == wanted:
+        return mask
+    sizes: list[str | None] = [view.emit_constant(np.asarray([1, 1], dtype=np.int64), at=value)]
+    sizes += [_size(view, t, axis, n, value) for (t, axis), n in zip(sources, wanted, strict=True)]
+    target = view.node_at("Concat", sizes, {"axis": 0}, at=value)
+    if (content := view.constant(target)) is not None:
+        target = view.emit_constant(content, at=value)
+    return view.node_at("Expand", [mask, target], {}, at=value)
+
+
+def _size(view: OnnxView, operand: str, axis: int, size: Any, value: str) -> str:
+    if isinstance(size, int):
+        return view.emit_constant(np.asarray([size], dtype=np.int64), at=value)
+    index = view.emit_constant(np.asarray([axis], dtype=np.int64), at=value)
+    return view.node_at("Gather", [view.node_at("Shape", [operand], {}, at=value), index], {}, at=value)
 
 
 def _attention_attributes(view: OnnxView, value: str) -> dict[str, Any]:
