@@ -15,10 +15,11 @@ where the spelling with ``-inf`` gives NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from hasten.passes.pattern import GraphView, Match, OpView, V, enter, scalar
+from hasten.passes.pattern import GraphView, Match, OpView, V, enter, inner_values, scalar, through
 from hasten.passes.rule import Rule
 from hasten.passes.rules.attention_masks import Masks, combine, of_fused
 from hasten.passes.rules.attention_scores import Probabilities, enter_scores, follow_probabilities
@@ -27,10 +28,14 @@ from hasten.passes.rules.contraction import Contraction, contraction, same_heads
 
 @dataclass(frozen=True)
 class Operand(Generic[V]):
-    """A query, key or value, and the axes order that makes it (batch…, rows, width)."""
+    """A query, key or value, and the axes order that makes it (batch…, rows, width).
+
+    ``folded`` are the values between it and the product, which are not computed any more.
+    """
 
     value: V
     perm: tuple[int, ...]
+    folded: tuple[V, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class SoftmaxAttention:
     def search(self, view: GraphView[V], value: V | None, found: Match[V]) -> str | None:
         if value is None or (op := view.op(value)) is None:
             return "no node"
-        apart = False
+        root, apart = value, False
         if op.name == "reshape" and op.inputs[0] is not None:
             before, after = view.shape(op.inputs[0]), view.shape(value)
             if before is None or after is None or (len(before), len(after)) != (3, 4) or before[1:] != after[2:]:
@@ -77,7 +82,7 @@ class SoftmaxAttention:
                 why: str | None = probabilities
             else:
                 trial.edges[value, last.sides[other][0]] = last.sides[other][1]
-                why = _plan(view, last, probabilities, last.sides[other], trial, apart)
+                why = _plan(view, last, probabilities, last.sides[other], trial, apart, root)
             if why is None:
                 found.take(trial)
                 return None
@@ -93,6 +98,7 @@ def _plan(
     right: tuple[int, V, str],
     found: Match[V],
     apart: bool,
+    root: V,
 ) -> str | None:
     """Walk from the softmax's input to the first product, bring the operands to one layout, and bind the plan."""
     scores, letters = enter_scores(view, probabilities.logits, found), probabilities.letters
@@ -126,6 +132,8 @@ def _plan(
         operands.append(operand)
         factor *= number
     query, key, content = operands
+    if (why := _other_batch(view, query, key, content)) is not None:
+        return why
     shape = _scores_shape(view, query, key)
     if (why := masks.check(view, shape)) is not None:
         return why
@@ -142,7 +150,18 @@ def _plan(
             flat = (-1, *result)
     elif apart:
         return "the product is taken apart into heads twice"
-    found.attrs["plan"] = _ungroup(view, Plan(query, key, content, factor, masks, out=out, flat=flat))
+    plan = _ungroup(view, Plan(query, key, content, factor, masks, out=out, flat=flat))
+    found.attrs["plan"] = plan
+    folded = (*plan.query.folded, *plan.key.folded, *plan.value.folded)
+    return view.obstacle((*inner_values(found, root), *folded), root)
+
+
+def _other_batch(view: GraphView[V], query: Operand[V], key: Operand[V], content: Operand[V]) -> str | None:
+    """Matrix products broadcast batch axes; the fused operator only takes one key head for all query heads."""
+    q, k, v = ([(view.shape(o.value) or ())[a] for a in o.perm[:-2]] for o in (query, key, content))
+    heads = len(q) == 2 and k[1] == v[1] == 1 and isinstance(q[1], int)
+    if k != v or q[: 1 if heads else None] != k[: 1 if heads else None]:
+        return f"the batch axes of queries {tuple(q)}, keys {tuple(k)} and values {tuple(v)} differ"
     return None
 
 
@@ -171,20 +190,20 @@ def _operand(
     view: GraphView[V], value: V, letters: str, wanted: tuple[str, ...], rank: int, scaled: bool
 ) -> tuple[Operand[V] | None, float, str]:
     """Fold transposes (and factors, if ``scaled``) into the axes order; take merged heads apart if ``rank`` asks."""
-    value, letters, factor = _fold(view, value, letters, scaled)
+    value, letters, factor, folded = _fold(view, value, letters, scaled)
     if len(letters) < rank:
         source = same_heads(view, value)
         if source is None or len(letters) != 3 or letters[0] != wanted[0]:
             return None, factor, "heads are merged into the batch axis in a way that cannot be undone"
-        wanted = ("P", "Q", *wanted[1:])
-        value, letters, more = _fold(view, source, "PQ" + letters[1:], scaled)
-        factor *= more
-    return Operand(value, tuple(letters.index(c) for c in wanted)), factor, ""
+        wanted, merged = ("P", "Q", *wanted[1:]), value
+        value, letters, more, apart = _fold(view, source, "PQ" + letters[1:], scaled)
+        factor, folded = factor * more, (*folded, merged, through(view, merged), *apart)
+    return Operand(value, tuple(letters.index(c) for c in wanted), folded), factor, ""
 
 
-def _fold(view: GraphView[V], value: V, letters: str, scaled: bool) -> tuple[V, str, float]:
+def _fold(view: GraphView[V], value: V, letters: str, scaled: bool) -> tuple[V, str, float, tuple[V, ...]]:
     """Look through transposes and identities, and, if ``scaled``, through constant factors and widening casts."""
-    factor = 1.0
+    factor, folded = 1.0, []
     while (op := view.op(value)) is not None and op.inputs and (inner := op.inputs[0]) is not None:
         if op.name == "transpose":
             perm = op.attrs["perm"]
@@ -201,8 +220,9 @@ def _fold(view: GraphView[V], value: V, letters: str, scaled: bool) -> tuple[V, 
                 break
         elif op.name != "identity":
             break
+        folded.append(value)
         value = inner
-    return value, letters, factor
+    return value, letters, factor, tuple(folded)
 
 
 def _ungroup(view: GraphView[V], plan: Plan[V]) -> Plan[V]:
@@ -219,8 +239,9 @@ def _unrepeated(view: GraphView[V], operand: Operand[V]) -> tuple[Operand[V], in
     op = view.op(operand.value)
     if op is None or op.name != "repeat" or op.inputs[0] is None or operand.perm[1] != op.attrs["axis"]:
         return None
-    value, letters, _ = _fold(view, op.inputs[0], "".join("abcd"[a] for a in range(4)), scaled=False)
-    return Operand(value, tuple(letters.index("abcd"[a]) for a in operand.perm)), op.attrs["times"]
+    value, letters, _, apart = _fold(view, op.inputs[0], "".join("abcd"[a] for a in range(4)), scaled=False)
+    folded = (*operand.folded, operand.value, *apart)
+    return Operand(value, tuple(letters.index("abcd"[a]) for a in operand.perm), folded), op.attrs["times"]
 
 
 @dataclass(frozen=True)
@@ -259,6 +280,11 @@ class FusedAttention:
             return f"keys {shapes[1]} and values {shapes[2]} differ in batch or heads"
         if len(shape) > 2 and (shapes[0] or ())[0] != (shapes[1] or ())[0]:
             return f"queries {shapes[0]} and keys {shapes[1]} differ in batch"
+        heads = ((shapes[0] or ())[1], (shapes[1] or ())[1]) if len(shape) == 4 else (1, 1)
+        if heads[0] != heads[1] and not (
+            all(isinstance(h, int) for h in heads) and heads[1] and not heads[0] % heads[1]
+        ):
+            return f"queries {shapes[0]} have a number of heads that those of keys {shapes[1]} do not divide"
         found.attrs["plan"] = Plan(q, k, v, float(scale), masks, bool(op.attrs["causal"]), axes)
         return None
 
@@ -275,9 +301,18 @@ def _bring(view: GraphView[V], operand: Operand[V], dtype: str | None, root: V) 
     return value
 
 
+def _widest(dtypes: Iterable[str | None]) -> str | None:
+    """The type to compute in: no operand is rounded, and neither is the product that casts led to."""
+    known = {d for d in dtypes if d is not None}
+    for wide in ("float64", "float32"):
+        if wide in known:
+            return wide
+    return known.pop() if len(known) == 1 else "float32" if known else None
+
+
 def _replace(view: GraphView[Any], found: Match[Any], root: Any) -> Any:
     plan: Plan[Any] = found.attrs["plan"]
-    dtype = view.dtype(plan.query.value)
+    dtype = _widest(view.dtype(v) for v in (root, plan.query.value, plan.key.value, plan.value.value))
     query, key, value = (_bring(view, o, dtype, root) for o in (plan.query, plan.key, plan.value))
     mask = combine(view, plan.masks, query, root)
     attrs = {"scale": plan.scale, "causal": plan.causal or mask.causal}
