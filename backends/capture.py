@@ -49,10 +49,10 @@ def capture(
             raise UsageError("dynamic_shapes: the source is an ExportedProgram, whose sizes are settled already")
         _refuse_writes(module, "the ExportedProgram")
         return module
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs = _apart(tuple(args), dict(kwargs or {}))
     name = type(module).__name__
     with _evaluation_mode(module), torch.no_grad():
-        _check_repeatable(module, args, kwargs, name)
+        expected = _run_twice(module, args, kwargs, name)
         try:
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:
@@ -61,11 +61,12 @@ def capture(
         try:
             check_equal(
                 module,
-                program.module(check_guards=False),
+                captured,
                 args,
                 kwargs,
                 what=f"the capture of {name}",
                 tolerances=CAPTURE_TOLERANCE,
+                expected=expected,
             )
         except VerificationError as error:
             raise VerificationError(f"{error}; a value of the host may be frozen into it: {WHAT_TO_DO}") from error
@@ -80,14 +81,18 @@ def check_equal(
     *,
     what: str = "the rewritten graph",
     tolerances: Mapping[str, float] = REWRITE_TOLERANCE,
+    expected: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run both on the inputs given and on a second set; `VerificationError` names what differs and by how much."""
+    """Run both on the inputs given and on a second set; `VerificationError` names what differs and by how much.
+
+    ``expected`` are the reference's outputs by name, as `output_names` has them, where they are known already.
+    """
     import torch
 
     first = (tuple(args), dict(kwargs or {}))
     second = perturbed(*first)
     with torch.no_grad():
-        expected = _outputs(reference, *first)
+        expected = expected if expected is not None else _outputs(reference, *first)
         if problem := difference(expected, _outputs(candidate, *first), tolerances):
             raise VerificationError(f"{what} differs from the module on the example inputs: {problem}")
         try:
@@ -181,7 +186,26 @@ def _integers_again(value: torch.Tensor, generator: torch.Generator) -> torch.Te
     return moved if not torch.equal(moved, value) else torch.roll(flat, 1).reshape(value.shape)
 
 
-def _check_repeatable(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give every input a tensor of its own: export would wire two uses of one tensor object to one input for good."""
+    import torch
+    from torch.utils import _pytree
+
+    seen: set[int] = set()
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in seen:
+            return value.clone()
+        seen.add(id(value))
+        return value
+
+    return _pytree.tree_map(own, args), _pytree.tree_map(own, kwargs)
+
+
+def _run_twice(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the outputs of a module that gives the same ones again."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -196,6 +220,7 @@ def _check_repeatable(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
             f"cannot capture {name}: two runs on the same inputs differ ({problem}); it draws its own random "
             "numbers or keeps state between calls: pass the noise or the state as an input"
         )
+    return first
 
 
 def _refuse_writes(program: torch.export.ExportedProgram, name: str) -> None:

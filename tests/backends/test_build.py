@@ -1,5 +1,6 @@
 """From sources to engines that agree with the module."""
 
+import copy
 import io
 import json
 import subprocess
@@ -168,6 +169,75 @@ def test_dtype_converts_a_copy_of_the_module(tiny, examples, tmp_path):
         want = tiny(*examples)["sample"]
     found = engine(sample=examples[0].half(), timestep=examples[1].half())["sample"].float()
     assert float((found - want).abs().max()) < 5e-3 * float(want.abs().max())
+
+
+def test_nested_arguments_and_unused_ones(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, a, unused, *, extra, flag=True):
+            return {"difference": extra["p"] - extra["q"]["r"], "same": a, "number": 3, "none": None}
+
+    x = torch.ones(2, 3)
+    engine = build(
+        Model(),
+        target="onnxruntime:cpu",
+        out=tmp_path / "nested",
+        example_inputs=(x,),
+        example_kwargs={"extra": {"p": x, "q": {"r": x}}, "unused": torch.tensor([1])},
+    )
+    assert sorted(t.name for t in engine.inputs) == ["a", "extra_p", "extra_q_r", "unused"]
+    out = engine(a=x, extra_p=5 * x, extra_q_r=2 * x, unused=torch.tensor([2]))
+    assert list(out) == ["difference", "same"]
+    assert torch.equal(out["difference"], 3 * x)
+    assert torch.equal(out["same"], x)
+
+
+class Registered:
+    """What a registered model's adapter tells."""
+
+    name = "tiny-unet"
+    output_names = ("sample", "hidden")
+
+    def __init__(self, module, examples):
+        self._module, self._examples = module, examples
+
+    def module(self):
+        return copy.deepcopy(self._module)
+
+    def example_inputs(self, dtype):
+        return {k: v.to(dtype) for k, v in zip(("sample", "timestep"), self._examples, strict=True)}
+
+
+def test_names_are_looked_up_in_the_registry(tiny, examples, tmp_path, monkeypatch):
+    asked = []
+
+    def get(name, weights):
+        asked.append((name, weights))
+        return Registered(tiny, examples)
+
+    monkeypatch.setattr("hasten.models.registry.get", get)
+    agree(build("tiny-unet", target="onnxruntime:cpu", out=tmp_path / "a"), tiny, *examples)
+    half = build("tiny-unet", target="onnxruntime:cpu", out=tmp_path / "b", dtype="float16", weights="folder")
+    assert {t.dtype for t in half.inputs} == {"float16"}
+    assert asked == [("tiny-unet", None), ("tiny-unet", "folder")]
+    assert half.report["source"] == "tiny-unet"
+    assert half.report["rules"]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path):
+    assert message(UsageError, 2, "scenes-unte", target="onnxruntime:cpu", out=tmp_path / "e").endswith(
+        " Did you mean 'scenes-unet'?"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["e.lock"]
+
+
+def test_an_onnxruntime_engine_runs_without_torch(tmp_path):
+    engine = build(affine(), target="onnxruntime:cpu", out=tmp_path / "affine")
+    code = (
+        "import sys, numpy as np; from hasten.backends.engine import load; "
+        "y = load(sys.argv[1])(x=np.ones((5, 4), np.float32), b=np.ones(3, np.float32))['y']; "
+        "assert y.tolist() == [[19.0, 23.0, 27.0]] * 5; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(engine.path)], check=True)
 
 
 def test_exported_programs_and_their_files_are_sources(tiny, examples, tmp_path):

@@ -42,6 +42,11 @@ def test_captures_in_evaluation_mode_and_leaves_the_module_as_it_was():
     assert (module.training, module.drop.training) == (True, False)
 
 
+def test_one_tensor_given_twice_is_still_two_inputs():
+    program = capture(forward_of(lambda self, x, y: x - 2 * y), (X, X))
+    assert torch.equal(program.module()(X, torch.ones_like(X)), X - 2)
+
+
 def test_an_exported_program_is_taken_as_it_is():
     program = capture(Scale(), (X,))
     assert capture(program) is program
