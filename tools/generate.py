@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError, UsageError, nearest
-from hasten.tools.arguments import number, one_of, target, whole
+from hasten.tools.arguments import expectations, number, one_of, target, whole
 from hasten.tools.console import Console, duration, table
 from hasten.tools.files import check_folder, replace_text
 from hasten.tools.grid import write_rows
@@ -47,18 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=whole(1), default=8, help="pictures (default 8)")
     parser.add_argument("--labels", type=_labels, metavar="N,…", help="classes, 0 to 15, instead of all in turn")
     parser.add_argument(
-        "--rounds", type=whole(1), default=3, help="timed generations of each, taking turns (default 3)"
+        "--repeat", type=whole(1), default=20, metavar="N", help="timed steps of each, taking turns (default 20)"
     )
     parser.add_argument(
         "--against", type=_against, default=(), metavar="NAME,…", help="more baselines: inductor, onnxruntime"
     )
-    parser.add_argument("--expect", type=_expect, default={}, metavar="RULE=N,…", help="as for hasten build")
-
-
-def _expect(text: str) -> dict[str, int]:
-    from hasten.tools.arguments import expectations
-
-    return expectations(text)
+    parser.add_argument("--expect", type=expectations, default={}, metavar="RULE=N,…", help="as for hasten build")
 
 
 def _labels(text: str) -> list[int]:
