@@ -7,10 +7,11 @@ a pass failed (``options={"strict": True}`` raises instead).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def backend(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor = split_options(mode, options)
-    if _trains(example_inputs):
+    if _trains(gm, example_inputs):
         counters["training"] += 1
         logger.info("a graph that needs gradients was passed to Inductor as it is (%d so far)", counters["training"])
         return compile_fx(gm, list(example_inputs), config_patches=inductor)
@@ -77,7 +78,7 @@ def split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dic
     for key, value in (options or {}).items():
         name = key.replace("-", "_")
         if name in OPTIONS:
-            ours[name] = value
+            ours[name] = _checked(name, value)
         elif name in valid:
             inductor[name] = value
         else:
@@ -88,8 +89,23 @@ def split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dic
     return ours, inductor
 
 
-def _trains(example_inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in example_inputs)
+def _checked(name: str, value: Any) -> Any:
+    """An option of ours in the form that the pipeline takes, or `UsageError`."""
+    if name == "fuel" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        raise UsageError(f"options: fuel is {value!r}; give a number of rewrites from 0 up")
+    if name == "expect" and not isinstance(value, Mapping):
+        raise UsageError(f"options: expect is {value!r}; give a dict such as {{'attention': 16}}")
+    if name in ("passes", "skip"):
+        listed = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if not listed and not isinstance(value, str):
+            raise UsageError(f"options: {name} is {value!r}; give names, as a list or with commas between them")
+        return ",".join(value) if listed else value
+    return value
+
+
+def _trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    tensors = (i for i in (*example_inputs, *gm.parameters()) if isinstance(i, torch.Tensor))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
@@ -103,8 +119,7 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
         raise UsageError(f"verify: {verify!r} is none of {', '.join(VERIFY[:2])}")
     device = _device(gm)
     report = Report(source="torch.compile", ir="fx", target=f"inductor:{device}")
-    before = fx.Graph()
-    before.output(before.graph_copy(gm.graph, {}))
+    before = [(inner, copy.deepcopy(inner.graph)) for inner in gm.modules() if isinstance(inner, fx.GraphModule)]
     try:
         run_pipeline(
             FxGraph(gm),
@@ -113,7 +128,7 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
             report,
             passes=options.get("passes"),
             fuel=options.get("fuel"),
-            skip=_names(options.get("skip", ())),
+            skip=[name for name in options.get("skip", "").split(",") if name],
             verify=SiteCheck() if verify == "sites" else None,
             dump=options.get("dump"),
         )
@@ -124,8 +139,8 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
             raise
         counters["failed"] += 1
         logger.warning("a pass failed and the graph is compiled as it was: %s", error)
-        gm.graph = before
-        gm.recompile()
+        for inner, graph in before:
+            inner.graph = graph
         report.notes.append(f"not rewritten: {error}")
     reports.append(report)
     if options.get("strict") and report.reverted:
@@ -134,16 +149,11 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
     report.expect(options.get("expect") or {})
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(n for n in value.split(",") if n) if isinstance(value, str) else tuple(value)
-
-
 def _device(gm: fx.GraphModule) -> str:
-    for node in gm.graph.nodes:
-        value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, torch.Tensor):
-            return "cuda" if value.device.type == "cuda" else "cpu"
-    return "cpu"
+    """Where the graph computes: on a GPU if any value is there, since times and masks often stay on the CPU."""
+    values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes)
+    kinds = {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    return "cuda" if "cuda" in kinds else "cpu"
 
 
 @cache

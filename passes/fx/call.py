@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,5 +78,24 @@ def mutates(node: fx.Node, name: str) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     in_place = name.endswith("_") and not name.endswith("__")
-    assigns = name in ("setitem", "iadd", "isub", "imul", "itruediv", "copy_")
-    return in_place or assigns or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return in_place or _ASSIGNMENT.fullmatch(name) is not None or _inplace(node) or "out" in node.kwargs
+
+
+_ASSIGNMENT = re.compile(
+    r"(?:__)?(?:setitem|i(?:add|sub|mul|truediv|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift))(?:__)?"
+    r"|triton_kernel_wrapper_mutation"
+)
+
+
+def _inplace(node: fx.Node) -> bool:
+    """``F.silu(x, inplace=True)``, and ``F.silu(x, True)``."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    if getattr(node.target, "__module__", "") != "torch.nn.functional" or len(node.args) < 2:
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)
+    except (TypeError, ValueError):  # a builtin: torch._C._nn.gelu
+        return False
+    position = names.index("inplace") if "inplace" in names else len(node.args)
+    return position < len(node.args) and bool(node.args[position])

@@ -8,6 +8,7 @@ all of them; `passes.fx.tables` holds the rows. Shapes and types come from the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,9 @@ def fake(node: Any) -> Any:
     return meta["val"] if "val" in meta else meta.get("example_value")
 
 
+_AUTOCAST = ("_enter_autocast", "_exit_autocast")
+
+
 class FxView:
     """One `fx.Graph` of a module. Sub-graph-modules have views of their own (`passes.fx.graph.FxGraph.views`)."""
 
@@ -64,11 +68,12 @@ class FxView:
         self._ops: dict[fx.Node, OpView[Value] | None] = {}
         self._order: dict[fx.Node, int] = {}
         self._mutations: list[tuple[int, fx.Node]] = []
+        self._regions = any(call_name(n) in _AUTOCAST for n in self.graph.nodes)
         self._number()
 
     def _number(self) -> None:
-        """Positions are only needed where something changes a tensor in place."""
-        mutating = [n for n in self.graph.nodes if mutates(n, call_name(n))]
+        """Positions are only needed where something changes a tensor in place, or the types that operators use."""
+        mutating = [n for n in self.graph.nodes if mutates(n, call_name(n)) or call_name(n) in _AUTOCAST]
         if mutating:
             self._order = {n: i for i, n in enumerate(self.graph.nodes)}
         self._mutations = [(self._order[n], n) for n in mutating]
@@ -139,6 +144,8 @@ class FxView:
         start = min((self._order.get(v, 0) for v in inner), default=self._order.get(root, 0))
         for position, node in self._mutations:
             if start < position < self._order.get(root, 0) and node not in inner:
+                if call_name(node) in _AUTOCAST:
+                    return f"{node.name} ({call_name(node)}) stands between the parts of the pattern"
                 return f"{node.name} ({call_name(node)}) changes a tensor in place between the parts of the pattern"
         return None
 
@@ -160,14 +167,31 @@ class FxView:
         mode = getattr(fake(at), "fake_mode", None)
         if mode is not None:
             values = torch.fx.node.map_aggregate((args, kwargs), lambda a: fake(a) if isinstance(a, fx.Node) else a)
-            with mode, torch.no_grad():
-                new.meta[key] = write.RESULT.get(target, target)(*values[0], **values[1])
+            with mode, torch.no_grad(), self._autocast(at) as casts:
+                compute = target if casts else write.RESULT.get(target, target)
+                new.meta[key] = compute(*values[0], **values[1])
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in at.meta:
                 new.meta[name] = at.meta[name]
         new.meta["hasten_rule"] = self.rule
         self.fresh.add(new)
         return new
+
+    @contextmanager
+    def _autocast(self, at: fx.Node) -> Iterator[bool]:
+        """The autocast regions around ``at``, entered; whether any is active, the caller's included."""
+        regions: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes if self._regions else ():
+            if node is at:
+                break
+            if call_name(node) == "_enter_autocast":
+                regions[node] = node.args
+            elif call_name(node) == "_exit_autocast":
+                regions.pop(node.args[0])
+        with ExitStack() as stack:
+            for device, dtype, enabled, cached in regions.values():
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            yield torch._C._is_any_autocast_enabled()
 
     def emit_constant(self, content: npt.NDArray[Any], *, at: Value) -> Value:
         name = f"_hasten_constant_{sum(k.startswith('_hasten_constant_') for k, _ in self.module.named_buffers())}"
@@ -200,7 +224,7 @@ class FxView:
 
     def _drop(self, node: fx.Node) -> None:
         """Erase a replaced node and what only it read: dead-code elimination keeps SDPA, which may draw numbers."""
-        if node.users or self.op(node) is None or mutates(node, call_name(node)):
+        if node.users or node._erased or self.op(node) is None or mutates(node, call_name(node)):
             return
         read = node.all_input_nodes
         self.graph.erase_node(node)

@@ -280,11 +280,10 @@ class FusedAttention:
             return f"keys {shapes[1]} and values {shapes[2]} differ in batch or heads"
         if len(shape) > 2 and (shapes[0] or ())[0] != (shapes[1] or ())[0]:
             return f"queries {shapes[0]} and keys {shapes[1]} differ in batch"
-        heads = ((shapes[0] or ())[1], (shapes[1] or ())[1]) if len(shape) == 4 else (1, 1)
-        if heads[0] != heads[1] and not (
-            all(isinstance(h, int) for h in heads) and heads[1] and not heads[0] % heads[1]
-        ):
-            return f"queries {shapes[0]} have a number of heads that those of keys {shapes[1]} do not divide"
+        if len(shape) == 4:
+            few, many = (shapes[1] or ())[1], (shapes[0] or ())[1]
+            if few != many and not (isinstance(few, int) and isinstance(many, int) and few and many % few == 0):
+                return f"{many} heads of queries do not divide into {few} of keys"
         found.attrs["plan"] = Plan(q, k, v, float(scale), masks, bool(op.attrs["causal"]), axes)
         return None
 

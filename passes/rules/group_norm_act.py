@@ -65,7 +65,10 @@ def _replace(view: GraphView[Any], found: Match[Any], root: Any) -> Any:
         weight, bias = (view.emit_constant(c, at=root) for c in found.attrs["folded"])
     else:
         weight, bias = vector("weight"), vector("bias")
-    inputs = [found["x"], weight, bias, found.values.get("scale"), found.values.get("shift")]
+    x = found["x"]
+    if (wanted := view.dtype(root)) is not None and wanted != view.dtype(x):  # autocast's norms are float32 on a GPU
+        x = view.emit("cast", [x], {"to": wanted}, at=root)
+    inputs = [x, weight, bias, found.values.get("scale"), found.values.get("shift")]
     attrs = {"groups": int(found.attrs["groups"]), "eps": float(found.attrs["eps"]), "act": found.tags["act"]}
     return view.emit("group_norm_act", inputs, attrs, at=root)
 
