@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 ARTIFACT = "model.pt2"
+CODE_BYTES = 32 << 20
+"""Room for the compiled code of a package, which holds the weights beside it."""
 
 
 CPU_OPTIONS: dict[str, Any] = {"freezing": True}
@@ -76,6 +80,7 @@ def package(
                 f"inputs to {device}"
             )
     _check_options(options or {})
+    _check_space(module, out_dir)
     with torch.no_grad():
         program = torch.export.export(module, tuple(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
         _check_dynamic(program, dynamic_shapes)
@@ -89,6 +94,13 @@ def package(
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise HastenError(f"AOTInductor failed to compile for {device}: {first}") from error
     return [ARTIFACT]
+
+
+def _check_space(module: torch.fx.GraphModule, out_dir: Path) -> None:
+    """Raise as a full disk does before torch writes to one: its archive writer ends the whole process then."""
+    weights = {t.data_ptr(): t.nbytes for t in module.state_dict(keep_vars=True).values()}
+    if shutil.disk_usage(out_dir).free < sum(weights.values()) + CODE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out_dir))
 
 
 def _check_dynamic(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> None:

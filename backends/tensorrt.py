@@ -92,6 +92,8 @@ def build_plan(
         if code != 0 or not answer_file.is_file():
             raise HastenError(f"target {target}: {diagnose(code, peak, timeout, errors)}")
         answer = json.loads(answer_file.read_text(encoding="utf-8"))
+    if answer.get("errno"):
+        raise OSError(answer["errno"], os.strerror(answer["errno"]), str(plan))
     if "error" in answer:
         raise HastenError(f"target {target}: {answer['error']}")
     if answer["malformed"]:

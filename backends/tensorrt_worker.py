@@ -106,7 +106,10 @@ def main(path: str) -> None:
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     if hasattr(os, "getppid"):
         threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    answer = build(request)
+    try:
+        answer = build(request)
+    except OSError as error:  # a full disk, say: the caller has words for it
+        answer = {"errno": error.errno}
     partial = Path(request["answer"] + ".tmp")
     partial.write_text(json.dumps(answer), encoding="utf-8")
     os.replace(partial, request["answer"])

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -433,6 +434,15 @@ def test_a_gpu_that_is_not_there_is_named_before_any_work(tiny, examples, tmp_pa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     text = message(HastenError, 1, tiny, target="aoti:cuda", out=tmp_path / "engine", example_inputs=examples)
     assert text == "target aoti:cuda compiles on an NVIDIA GPU, and torch finds none here; build it on one"
+
+
+def test_a_full_disk_is_found_before_torch_ends_the_process_for_it(tiny, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=32 << 20))
+    out = tmp_path / "engine"
+    assert message(HastenError, 1, tiny, target="aoti:cpu", out=out, example_inputs=examples) == (
+        f"engine '{out}': no space left on the disk; nothing was written: free some or choose another folder"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["engine.lock"]
 
 
 def test_message_for_examples_on_another_device(tmp_path):

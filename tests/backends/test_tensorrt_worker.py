@@ -1,5 +1,6 @@
 """The audit of plans, and builders and runtimes that fail, played by modules and objects of that name."""
 
+import errno
 import os
 import struct
 import subprocess
@@ -195,6 +196,12 @@ def test_message_for_a_builder_that_fails(fake, act, timeout, message):
         fake(act)(timeout=timeout)
     assert str(caught.value) == f"target tensorrt:sm90: {message}"
     assert caught.value.exit_code == 1
+
+
+def test_a_full_disk_reaches_the_caller_as_one(fake):
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fake("raise OSError(28, 'full')")()
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_message_for_a_builder_that_does_not_start(fake):
