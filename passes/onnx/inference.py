@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_graphsurgeon as gs
 
-from hasten.passes.onnx import export, functions, types
+from hasten.passes.onnx import dims, export, functions, types
 
 if TYPE_CHECKING:
     from hasten.passes.onnx.graph import OnnxGraph, Scope
@@ -26,6 +26,7 @@ def infer_graph(graph: OnnxGraph) -> None:
     for scope in graph.scopes:
         if scope.is_function:
             _infer_function(graph, scope, by_name, inferred)
+    dims.unify(graph.scopes)
 
 
 def _nodes(proto: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -50,7 +50,8 @@ class SiteCheck:
         return self._seen[key]
 
     def _compare(self, model: onnx.ModelProto, inputs: list[Any]) -> str | None:
-        kinds = [name_of(v.type.tensor_type.elem_type) for v in (*model.graph.input, *model.graph.output)]
+        numbers = [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)]
+        kinds = [name_of(n) for n in numbers if n]
         allowed = max((TOLERANCE[k] for k in kinds if k in TOLERANCE), default=0.0)
         for sizes in _assignments(inputs):
             feeds = _draw(model.graph.input, inputs, sizes, np.random.default_rng(self.seed))
@@ -162,6 +163,8 @@ def _content(tensor: Any) -> npt.NDArray[Any] | None:
 
 def _info(tensor: Any, name: str) -> onnx.ValueInfoProto:
     shape = None if tensor.shape is None else list(tensor.shape)
+    if not types.onnx_dtype(tensor):
+        return onnx.ValueInfoProto(name=name)
     return helper.make_tensor_value_info(name, types.onnx_dtype(tensor), shape)
 
 

@@ -11,8 +11,8 @@ import onnx_graphsurgeon as gs
 
 from hasten.passes.onnx.element import name_of
 
-GENERATED = re.compile(r"unk__\d+")
-"""Dimension names that ONNX's inference makes up; they are compared but never written."""
+GENERATED = re.compile(r"unk__\d+|.+\*.+")
+"""Dimension names that inference makes up (ONNX's, and products); they are compared but never written."""
 
 
 def onnx_dtype(tensor: Any) -> int:
