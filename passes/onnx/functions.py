@@ -129,7 +129,8 @@ def _normalise(body: Body, grouped: str, groups: int, eps: float, dtype: str) ->
 def group_norm_act(body: Body, attrs: dict[str, Any], signature: Signature) -> str:
     """``act((group_norm(X) * weight + bias) * scale + shift)``; X (B, C, *spatial) is seen as (B, C, L)."""
     dtype, groups = signature.compute, int(attrs["groups"])
-    if signature.native and body.opset >= 21 and _channels(signature) is not None:
+    # TensorRT 10.16 computes GroupNormalization of one group as an instance norm (NVIDIA/TensorRT issue 4756).
+    if signature.native and body.opset >= 21 and groups > 1 and _channels(signature) is not None:
         return _group_normalization(body, attrs, signature)
     x = _up(body, "X", signature, 0)
     y = _normalise(body, body.op("Reshape", x, body.constant([0, groups, -1])), groups, float(attrs["eps"]), dtype)
