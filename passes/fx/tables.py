@@ -340,7 +340,7 @@ READ: dict[str, Row] = {
     "neg": _unary("neg"), "exp": _unary("exp"), "erf": _unary("erf"), "tanh": _unary("tanh"), "sqrt": _unary("sqrt"),
     "rsqrt": _unary("rsqrt"), "sigmoid": _unary("sigmoid"), "silu": _unary("silu"),
     "logical_not": _unary("logical_not"), "bitwise_not": _unary("logical_not"), "invert": _unary("logical_not"),
-    "reciprocal": _unary("reciprocal"), "square": _unary("square"),
+    "reciprocal": _unary("reciprocal"), "isnan": _unary("isnan"), "square": _unary("square"),
     "full_like": _unary("filled"), "zeros_like": _unary("filled"),
     "gelu": Row(("self",), _gelu),
     "softmax": Row(("self", "dim", "dtype"), _softmax),

@@ -157,7 +157,8 @@ def _cast(call: Call) -> OpView[str] | None:
 def _dropout(call: Call) -> OpView[str] | None:
     if call.output != 0:
         return None
-    if call.input(2) is not None and any(call.numbers(2) or [True]):
+    ratio = 0.5 if call.input(1) is None else (call.numbers(1) or [None])[0]
+    if call.input(2) is not None and any(call.numbers(2) or [True]) and ratio != 0:
         return None
     return OpView("identity", (call.input(0),))
 
@@ -437,7 +438,7 @@ _STANDARD: dict[str, Reader] = {
     "Pow": _operands("pow", 2), "Neg": _operands("neg", 1), "Exp": _operands("exp", 1), "Erf": _operands("erf", 1),
     "Tanh": _operands("tanh", 1), "Sqrt": _operands("sqrt", 1), "Sigmoid": _operands("sigmoid", 1),
     "Not": _operands("logical_not", 1), "And": _operands("logical_and", 2), "Or": _operands("logical_or", 2),
-    "Sum": _add, "Equal": _operands("eq", 2), "Where": _where, "Identity": _operands("identity", 1),
+    "Sum": _add, "Equal": _operands("eq", 2), "IsNaN": _operands("isnan", 1), "Where": _where, "Identity": _operands("identity", 1),
     "Reciprocal": _reciprocal,
     "Gelu": _gelu, "Swish": _swish,
     "Softmax": _softmax, "Cast": _cast, "CastLike": _cast, "Dropout": _dropout,

@@ -16,6 +16,7 @@ _EXP = Op(
     "exp", (Op("sub", (Var("logits"), Op("max", (Var("logits"),), attrs=(("keepdims", True),), binds=("axes",)))),)
 )
 _SPELLED_SOFTMAX = Op("div", (_EXP, Op("sum", (_EXP,), attrs=(("keepdims", True),), binds=("axes",))))
+_NOT_A_NUMBER = Op("isnan", (Var("probabilities"),))
 _NO_KEY = Op("logical_not", (Op("any", (Op("logical_not", (Op("eq", (Var("logits"), Const(float("-inf")))),)),)),))
 
 _ALL_MASKED = Op("eq", (Op("max", (Var("mask"),), attrs=(("keepdims", True),), binds=("axes",)), Const(float("-inf"))))
@@ -81,7 +82,7 @@ def follow_probabilities(
 
 
 def _guarded(view: GraphView[V], value: V, found: Match[V]) -> V | None:
-    """A safe softmax: rows whose scores (torch), or whose added mask (ONNX), are all -inf are replaced by zero."""
+    """A safe softmax: rows that are NaN, or whose scores or added mask are all -inf, are replaced by zero."""
     op = view.op(value)
     assert op is not None
     condition, zero, probabilities = op.inputs
@@ -91,7 +92,10 @@ def _guarded(view: GraphView[V], value: V, found: Match[V]) -> V | None:
     trial: Match[V] = Match(values={}, edges=dict(found.edges))
     if softmax is None or softmax.name != "softmax" or softmax.inputs[0] is None:
         return None
-    if _NO_KEY.search(view, condition, trial) is None:
+    if _NOT_A_NUMBER.search(view, condition, trial) is None:
+        if through(view, trial["probabilities"]) != through(view, probabilities):
+            return None
+    elif _NO_KEY.search(view, condition, trial) is None:
         if through(view, trial["logits"]) != through(view, softmax.inputs[0]):
             return None
     elif not _masks_whole_rows(view, condition, softmax.inputs[0], trial):
