@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hasten
 from hasten.backends.shapes import format_shape
+from hasten.passes import catalog
 from hasten.passes.cost import Cost, total
 from hasten.passes.rule import RuleReport
 from hasten.tools.console import duration, quantity
@@ -98,7 +99,9 @@ def _cards(found: Findings) -> str:
         cards.append((quantity(report.bytes, "B") + after, "read and written by unfused operators"))
     if found.weight_bytes is not None:
         cards.append((quantity(found.weight_bytes, "B"), "weights"))
-    cards.append((duration(sum(report.seconds.values())), "time of the passes"))
+    cards.append(
+        (duration(sum(s for name, s in report.seconds.items() if name in catalog.names())), "time of the passes")
+    )
     inside = "".join(f'<div class="card"><b>{escape(value)}</b>{escape(name)}</div>' for value, name in cards)
     return f'<div class="cards">{inside}</div>'
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
+from hasten.passes import catalog
 from hasten.passes.cost import Cost, total
 from hasten.passes.rule import Report
 from hasten.tools.console import duration, quantity, table
@@ -118,5 +119,6 @@ def heading(found: Findings) -> str:
     if found.weight_bytes is not None:
         lines.append(f"  {quantity(found.weight_bytes, 'B')} of weights")
     nodes = sum(report.ops_before.values()), sum(report.ops_after.values())
-    lines.append(f"  {nodes[0]} nodes -> {nodes[1]}, in {duration(sum(report.seconds.values()))}")
+    passes = duration(sum(seconds for name, seconds in report.seconds.items() if name in catalog.names()))
+    lines.append(f"  {nodes[0]} nodes -> {nodes[1]}, passes took {passes}")
     return "\n".join(lines)

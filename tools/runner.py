@@ -196,13 +196,17 @@ def _examples_of(name: str, inputs: tuple[TensorSpec, ...]) -> Callable[[int, in
 
 
 def random_inputs(runner: Runner, seed: int, shapes: Mapping[str, Shape] | None = None) -> Tensors:
-    """Inputs for ``runner``: its own examples where it has some that fit, else drawn by type.
+    """Inputs for ``runner``: its own examples where they have the sizes that it takes and ``shapes`` asks for.
+
+    Otherwise drawn by type.
 
     Floats are unit normal, integers 0 or 1 (any table has those rows), booleans mostly true.
     """
-    if runner.examples is not None and not shapes:
-        made = runner.examples(seed, _batch(runner))
-        if all(_fits(t, made[t.name]) for t in runner.inputs):
+    check_profiles(parse_profiles(shapes or {}), runner.inputs)
+    if runner.examples is not None:
+        made = runner.examples(seed, _batch(runner, shapes or {}))
+        asked = all(tuple(made[n].shape) == tuple(shape) for n, shape in (shapes or {}).items() if n in made)
+        if asked and all(_fits(t, made[t.name]) for t in runner.inputs):
             return made
     import torch
 
@@ -226,13 +230,11 @@ def _draw(spec: TensorSpec, shape: Shape, generator: Any) -> Any:
     return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
-def _batch(runner: Runner) -> int | None:
-    """The size of axis 0 that the runner insists on, or may have."""
-    for spec in runner.inputs:
-        if spec.shape:
-            first = spec.shape[0]
-            return first if isinstance(first, int) else None
-    return None
+def _batch(runner: Runner, shapes: Mapping[str, Shape]) -> int | None:
+    """The size of axis 0 that is asked for, or that the runner insists on; None where any will do."""
+    sizes = [shape[0] for shape in shapes.values() if shape]
+    sizes += [spec.shape[0] for spec in runner.inputs if spec.shape and isinstance(spec.shape[0], int)]
+    return sizes[0] if sizes else None
 
 
 def _fits(spec: TensorSpec, tensor: Any) -> bool:
@@ -242,7 +244,6 @@ def _fits(spec: TensorSpec, tensor: Any) -> bool:
 
 def _sizes(runner: Runner, shapes: Mapping[str, Shape]) -> dict[str, int]:
     """A number for every symbol: from ``shapes`` where given."""
-    check_profiles(parse_profiles(shapes), runner.inputs)
     sizes: dict[str, int] = {}
     for spec in runner.inputs:
         if spec.name in shapes:

@@ -34,6 +34,9 @@ def sized(adapter: Adapter, profiles: Mapping[str, Profile]) -> tuple[Adapter, d
                 raise UsageError(f"shapes: size {label!r} is {sizes[label]} in one input and {size} in {name!r}")
             if profile.min[axis] != profile.max[axis]:
                 ranges[label] = (profile.min[axis], profile.max[axis])
+    for label, size in sizes.items():
+        if size % (multiple := adapter.multiples.get(label, 1)):
+            raise UsageError(f"shapes: {label} of {adapter.name} must be a multiple of {multiple}; {size} given")
     inputs = tuple(
         replace(i, shape=tuple(sizes.get(i.dims.get(axis, ""), size) for axis, size in enumerate(i.shape)))
         for i in adapter.inputs

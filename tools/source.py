@@ -27,9 +27,9 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved source: ``kind`` is one of `ONNX`, `PROGRAM`, `MODEL`, `ENGINE`; ``text`` names it.
+    """A resolved source; ``text`` is what `hasten.build` takes, ``kind`` `ONNX`, `PROGRAM`, `MODEL` or `ENGINE`.
 
-    ``name`` of a model is what `hasten.build` takes: with ``-reduced`` where that was asked for.
+    A named model's text ends in ``-reduced`` where that was asked for.
     """
 
     text: str

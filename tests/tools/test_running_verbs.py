@@ -42,6 +42,11 @@ def test_run_with_sizes(hasten, engine):
     assert hasten("run", engine, "--shapes", "x:5x32x8x8", "--json").json["outputs"]["y"]["shape"] == [5, 32, 8, 8]
 
 
+def test_run_refuses_sizes_of_no_input(hasten, engine):
+    done = hasten("run", engine, "--shapes", "sample:5x32x8x8")
+    assert (done.code, done.err) == (2, "hasten run: shapes: there is no input 'sample'; inputs: x.\n")
+
+
 def saved(tmp_path, **arrays):
     path = tmp_path / "in.npz"
     np.savez(path, **arrays)

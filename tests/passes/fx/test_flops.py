@@ -93,3 +93,25 @@ def test_weights_shared_by_two_layers_count_once():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     assert weight_bytes(nn.Sequential(first, second)) == 4 * (16 + 4 + 4)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = F.interpolate(F.silu(self.norm(x)), scale_factor=2.0, mode="nearest")
+        tokens = self.conv(y).flatten(2).transpose(1, 2)[:, None]
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+def test_a_rewrite_computes_as_much_and_moves_less():
+    from hasten.backends.optimize import optimize
+
+    program = torch.export.export(Block().eval(), (torch.randn(1, 8, 4, 4),))
+    rewritten, report = optimize(program, expect={"group-norm-act": 1, "attention": 1, "upsample-conv": 1})
+    before, after = (total(costs(FxGraph(g))) for g in (program.module(check_guards=False), rewritten))
+    assert report["group-norm-act"].hits == 1
+    assert after.flops == before.flops
+    assert after.bytes < before.bytes
