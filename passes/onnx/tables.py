@@ -99,9 +99,28 @@ def _add(call: Call) -> OpView[str] | None:
     return OpView("add", inputs)
 
 
+def _merged_transpose(call: Call) -> OpView[str] | None:
+    """The last two axes swapped while batch and heads are merged (the dynamo exporter's keys): a ``transpose``."""
+    after, middle = call.view.shape(call.value), call.view.op(str(call.input(0)))
+    if middle is None or middle.name != "transpose" or middle.attrs["perm"] != (0, 2, 1) or after is None:
+        return None
+    first = call.view.op(str(middle.inputs[0]))
+    if first is None or first.name != "reshape":
+        return None
+    source, flat = str(first.inputs[0]), call.view.shape(str(middle.inputs[0]))
+    before, rank = call.view.shape(source), len(after)
+    if before is None or flat is None or rank < 3 or len(before) != rank:
+        return None
+    if before[:-2] != after[:-2] or before[-2:] != flat[1:] or before[-2:] != after[:-3:-1]:
+        return None
+    return OpView("transpose", (source,), {"perm": (*range(rank - 2), rank - 1, rank - 2)})
+
+
 def _reshape(call: Call) -> OpView[str] | None:
     """A reshape; heads repeated for grouped queries (Unsqueeze, Expand, Reshape) are one ``repeat``."""
     after, below = call.view.shape(call.value), call.view.node(str(call.input(0)))
+    if (whole := _merged_transpose(call)) is not None:
+        return whole
     if after is None or below is None or below.op != "Expand" or below.domain:
         return _same_shape("reshape")(call)
     narrow, wide = call.view.shape(below.inputs[0].name), call.shape()
@@ -438,7 +457,8 @@ _STANDARD: dict[str, Reader] = {
     "Pow": _operands("pow", 2), "Neg": _operands("neg", 1), "Exp": _operands("exp", 1), "Erf": _operands("erf", 1),
     "Tanh": _operands("tanh", 1), "Sqrt": _operands("sqrt", 1), "Sigmoid": _operands("sigmoid", 1),
     "Not": _operands("logical_not", 1), "And": _operands("logical_and", 2), "Or": _operands("logical_or", 2),
-    "Sum": _add, "Equal": _operands("eq", 2), "IsNaN": _operands("isnan", 1), "Where": _where, "Identity": _operands("identity", 1),
+    "Sum": _add, "Equal": _operands("eq", 2), "IsNaN": _operands("isnan", 1), "Where": _where,
+    "Identity": _operands("identity", 1),
     "Reciprocal": _reciprocal,
     "Gelu": _gelu, "Swish": _swish,
     "Softmax": _softmax, "Cast": _cast, "CastLike": _cast, "Dropout": _dropout,

@@ -346,3 +346,10 @@ class TestWriting:
         with pytest.raises(HastenError) as error:
             view("y = Relu (x)").emit("warp", ["x"], {}, at="y")
         assert str(error.value) == "the ONNX view cannot emit neutral operator 'warp'"
+
+
+def test_a_transpose_with_batch_and_heads_merged_is_a_transpose_of_four_axes():
+    values = "<int64[3] f = {8, 6, 8}, int64[4] r = {2, 4, 8, 6}, int64[4] other = {4, 2, 8, 6}>"
+    body = "a = Reshape (x, f) b = Transpose <perm = [0, 2, 1]> (a) y = Reshape (b, r)"
+    assert read(body, initializers=values) == ("transpose", ("x",), {"perm": (0, 1, 3, 2)})
+    assert read(body.replace("(b, r)", "(b, other)"), initializers=values) == ("reshape", ("b",), {})
