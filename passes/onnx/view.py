@@ -1,4 +1,4 @@
-"""One ONNX graph in the neutral vocabulary. Values are tensor names; `passes.onnx.tables` holds the operators."""
+"""One ONNX graph in the neutral vocabulary. Values are tensor names; `passes.onnx.tables` and `writers` hold operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from hasten.errors import HastenError
-from hasten.passes.onnx import folding, tables, types
+from hasten.passes.onnx import folding, tables, types, writers
 from hasten.passes.onnx.element import name_of
 from hasten.passes.pattern import Attr, Dim, OpView
 
@@ -125,9 +125,9 @@ class OnnxView:
     # Writing
 
     def emit(self, name: str, inputs: list[str | None], attrs: Mapping[str, Attr], *, at: str) -> str:
-        if name not in tables.WRITE:
+        if name not in writers.WRITE:
             raise HastenError(f"the ONNX view cannot emit neutral operator {name!r}")
-        return tables.WRITE[name](self, inputs, dict(attrs), at)
+        return writers.WRITE[name](self, inputs, dict(attrs), at)
 
     def node_at(
         self,
