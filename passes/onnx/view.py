@@ -1,4 +1,4 @@
-"""One ONNX graph in the neutral vocabulary. Values are tensor names; operators are in `passes.onnx.tables`, `writers`."""
+"""One ONNX graph in the neutral vocabulary. Values are tensor names; operators: `passes.onnx.tables`, `writers`."""
 
 from __future__ import annotations
 
