@@ -59,13 +59,19 @@ def backend(
 
     ours, inductor = split_options(mode, options)
     if _trains(gm, example_inputs):
+        compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
         counters["training"] += 1
         logger.info("a graph that needs gradients was passed to Inductor as it is (%d so far)", counters["training"])
-        return compile_fx(gm, list(example_inputs), config_patches=inductor)
+        return compiled
     _rewrite(gm, ours)
     patches = {**inductor, "post_grad_custom_pre_pass": _Key(inductor.get("post_grad_custom_pre_pass"))}
+    try:
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    except Exception:  # Dynamo may be asking for the same graph again, with a number in it made symbolic
+        reports.pop()
+        raise
     counters["compiled"] += 1
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
 
 
 def split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,7 +125,7 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
         raise UsageError(f"verify: {verify!r} is none of {', '.join(VERIFY[:2])}")
     device = _device(gm)
     report = Report(source="torch.compile", ir="fx", target=f"inductor:{device}")
-    before = [(inner, copy.deepcopy(inner.graph)) for inner in gm.modules() if isinstance(inner, fx.GraphModule)]
+    before = [(inner, _copy(inner.graph)) for inner in gm.modules() if isinstance(inner, fx.GraphModule)]
     try:
         run_pipeline(
             FxGraph(gm),
@@ -147,6 +153,15 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
         rule, site = report.reverted[0]
         raise HastenError(f"{rule} at {site.where} does not verify: {site.reason}")
     report.expect(options.get("expect") or {})
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy that AOTAutograd takes: it looks for what Dynamo wrote on the inputs."""
+    copied = copy.deepcopy(graph)
+    for new, old in zip(copied.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True):
+        if (source := getattr(old, "_dynamo_source", None)) is not None:
+            new._dynamo_source = source
+    return copied
 
 
 def _device(gm: fx.GraphModule) -> str:

@@ -7,6 +7,7 @@ reads keywords as well. `hasten.passes.fx.write` is the other way.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -96,11 +97,18 @@ def _sdpa(call: Call) -> OpView[Any] | None:
     return OpView("sdpa", (*operands, call.value("attn_mask")), attrs)
 
 
+def _numbers(values: Iterable[Any]) -> bool:
+    """Whether all are numbers: Dynamo makes those that it found in a module inputs of the graph, at first."""
+    return all(isinstance(v, (int, float)) for v in values)
+
+
 def _group_norm(call: Call) -> OpView[Any] | None:
     operands = _operands(call, "self")
     if operands is None:
         return None
     attrs = {"groups": call.raw("num_groups"), "eps": call.raw("eps", 1e-5)}
+    if not _numbers(attrs.values()):
+        return None
     return OpView("group_norm", (*operands, call.value("weight"), call.value("bias")), attrs)
 
 
@@ -119,7 +127,7 @@ def _reduction(name: str, default_axes: bool = True) -> Row:
         }
         if name == "var":
             correction = call.raw("correction", call.node.kwargs.get("unbiased", 1))
-            attrs["correction"] = 1 if correction is None else int(correction)
+            attrs["correction"] = 1 if correction is None else correction
         return OpView(name, operands, attrs)
 
     return Row(("self", "dim", "keepdim") if name != "var" else ("self", "dim", "correction", "keepdim"), read)
@@ -227,6 +235,8 @@ def _native_group_norm(call: Call, index: int) -> OpView[Any] | None:
     if index != 0 or operands is None:
         return None
     attrs = {"groups": call.raw("group"), "eps": call.raw("eps")}
+    if not _numbers(attrs.values()):
+        return None
     return OpView("group_norm", (*operands, call.value("weight"), call.value("bias")), attrs)
 
 
@@ -247,7 +257,7 @@ def _var_mean(call: Call, index: int) -> OpView[Any] | None:
     if index == 1:
         return OpView("mean", operands, attrs)
     correction = call.raw("correction", call.node.kwargs.get("unbiased", 1))
-    return OpView("var", operands, {**attrs, "correction": 1 if correction is None else int(correction)})
+    return OpView("var", operands, {**attrs, "correction": 1 if correction is None else correction})
 
 
 def _slice(call: Call) -> OpView[Any] | None:

@@ -54,6 +54,14 @@ def fake(node: Any) -> Any:
     return meta["val"] if "val" in meta else meta.get("example_value")
 
 
+def _dim(size: Any) -> Dim:
+    """A size as a number, also where tracing found out later which number a symbol stands for."""
+    if isinstance(size, int):
+        return size
+    known = size.node.maybe_as_int()
+    return str(size.node.expr) if known is None else int(known)
+
+
 _AUTOCAST = ("_enter_autocast", "_exit_autocast")
 
 
@@ -117,12 +125,14 @@ class FxView:
         tensor = fake(value)
         if not isinstance(tensor, torch.Tensor):
             return () if isinstance(tensor, (int, float, torch.SymInt, torch.SymFloat)) else None
-        return tuple(d if isinstance(d, int) else str(d.node.expr) for d in tensor.shape)
+        return tuple(_dim(d) for d in tensor.shape)
 
     def sizes(self, node: Any) -> tuple[Any, ...] | None:
         """Sizes as integers and symbolic integers."""
         tensor = fake(node) if isinstance(node, fx.Node) else None
-        return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else None
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        return tuple(known if isinstance(known := _dim(d), int) else d for d in tensor.shape)
 
     def op_result(self, node: fx.Node) -> Any:
         """The fake result of a node: a tensor, or a tuple of them."""

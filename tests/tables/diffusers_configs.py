@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from in_eager import clear, hits, relative_error, rewritten, tensors
 from torch import fx, nn
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "diffusers_tiny_configs.json"
@@ -107,38 +108,10 @@ def _literal(content: Any) -> Any:
     return content
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor of a model's output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if hasattr(output, "items"):
-        output = [v for _, v in output.items()]
-    if isinstance(output, (list, tuple)):
-        return [t for item in output for t in tensors(item)]
-    return [t for t in vars(output).values() if isinstance(t, torch.Tensor)] if hasattr(output, "__dict__") else []
-
-
 def run(model: Any, config: dict[str, Any], seed: int) -> list[torch.Tensor]:
     """Outputs on the inputs of ``seed``; a model that samples draws from the same seed each time."""
     torch.manual_seed(seed)
     return tensors(model(**inputs(config, seed)))
-
-
-def relative_error(want: list[torch.Tensor], got: list[torch.Tensor]) -> float:
-    if [(t.shape, t.dtype) for t in want] != [(t.shape, t.dtype) for t in got]:
-        return float("inf")
-    flat_want, flat_got = (torch.cat([t.reshape(-1).double() for t in ts]) for ts in (want, got))
-    return float((flat_want - flat_got).norm() / flat_want.norm())
-
-
-def rewritten_in_eager(graph: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
-    """``backend="hasten"`` up to Inductor. Interpreted: the code that FX prints for ``(-1) ** x`` is ``-1 ** x``."""
-    from hasten.backends import dynamo
-
-    ours, _ = dynamo.split_options(kwargs.get("mode"), kwargs.get("options"))
-    dynamo._rewrite(graph, ours)
-    dynamo.counters["compiled"] += 1
-    return fx.Interpreter(graph).run
 
 
 def measure(name: str, config: dict[str, Any], engine: str = "eager") -> Row:
@@ -168,10 +141,8 @@ def measure(name: str, config: dict[str, Any], engine: str = "eager") -> Row:
             torch._dynamo.reset()
             run(torch.compile(model, backend=counting), config, 1)
             row.plain_graphs = plain
-            torch._dynamo.reset()
-            dynamo.counters.clear()
-            dynamo.reports.clear()
-            compiled = torch.compile(model, backend=rewritten_in_eager if engine == "eager" else "hasten")
+            clear()
+            compiled = torch.compile(model, backend=rewritten if engine == "eager" else "hasten")
             got = [run(compiled, config, 1)]
             row.graphs = dynamo.counters["compiled"] + dynamo.counters["training"]
             got.append(run(compiled, config, 2))
@@ -179,9 +150,7 @@ def measure(name: str, config: dict[str, Any], engine: str = "eager") -> Row:
         row.verdict, row.reason = "raised", f"{type(error).__name__}: {_first_line(error)}"
         return row
     row.failed = dynamo.counters["failed"]
-    for report in dynamo.reports:
-        for rule in report.rules:
-            row.hits[rule.name] = row.hits.get(rule.name, 0) + rule.hits
+    row.hits = hits()
     row.errors = tuple(relative_error(w, g) for w, g in zip(want, got, strict=True))
     row.seconds = time.perf_counter() - started
     if not all(error <= TOLERANCE for error in row.errors):
