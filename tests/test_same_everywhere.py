@@ -1,6 +1,6 @@
 """The bundled models give the same outputs as a module, as ONNX before and after, and as every engine that runs here.
 
-Against the module in float64, relative to its norm, at most 2e-5. ``python tests/test_same_everywhere.py`` prints the errors.
+Against the module in float64, relative to its norm, at most 2e-5. Run as a script, this file prints the errors.
 """
 
 from __future__ import annotations

@@ -62,8 +62,7 @@ def exported(adapter: Adapter, opset: int, dynamic: bool):
     shapes = None
     if dynamic:
         shapes = {
-            name: dict.fromkeys(adapter.dynamic_dims.get(name, {}), torch.export.Dim.DYNAMIC) or None
-            for name in inputs
+            name: dict.fromkeys(adapter.dynamic_dims.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs
         }
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
