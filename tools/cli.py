@@ -46,23 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # --help, --version
         return int(done.code or 0)
     command = import_module(f"hasten.tools.{verb}")
-    parser = Parser(
-        prog=f"hasten {verb}",
-        description=command.SUMMARY,
-        epilog=examples(command.EXAMPLES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.configure(parser)
-    output_options(parser)
     try:
-        args = parser.parse_args(rest)
+        args = parser(verb).parse_args(rest)
     except UsageError as error:
         print(f"hasten {verb}: {error} (hasten {verb} --help)", file=sys.stderr)
         return error.exit_code
     except SystemExit as done:
         return int(done.code or 0)
     return _run(command, verb, args)
+
+
+def parser(verb: str) -> Parser:
+    """The options of one verb."""
+    command = import_module(f"hasten.tools.{verb}")
+    made = Parser(
+        prog=f"hasten {verb}",
+        description=command.SUMMARY,
+        epilog=examples(command.EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.configure(made)
+    output_options(made)
+    return made
 
 
 def _run(command: Any, verb: str, args: argparse.Namespace) -> int:
