@@ -113,8 +113,8 @@ def _variants(rule: RuleReport) -> str:
 def _rule(rule: RuleReport) -> str:
     if not (rule.sites or rule.misses or rule.reverted):
         return ""
-    parts = [f"<details{' open' if rule.reverted else ''}><summary>{escape(rule.name)}: {rule.hits} sites"]
-    parts.append(f", {len(rule.misses)} near misses</summary>")
+    counted = f"{escape(rule.name)}: {rule.hits} sites, {len(rule.misses)} near misses"
+    parts = [f"<details{' open' if rule.reverted else ''}><summary>{counted}</summary>"]
     if rule.reverted:
         rows = [(m.where, m.reason) for m in rule.reverted]
         parts.append(_table(("taken back at", "because"), rows, row_class="bad"))
