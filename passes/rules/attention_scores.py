@@ -250,5 +250,5 @@ def _masked(view: GraphView[V], value: V, factor: float, masks: Masks[V]) -> lis
             return f"{view.where(value)} fills masked scores with {number:g}; only -1e4 and below means no attention"
         if view.shape(kept) != view.shape(value):
             return f"{view.where(value)} selects with a mask that is larger than the scores"
-        return [(kept, factor, masks.with_condition(condition, negate, number))]
+        return [(kept, factor, masks.with_condition(condition, negate, number * factor))]
     return f"{view.where(value)} selects between two tensors, not between scores and a constant"
