@@ -97,8 +97,8 @@ def _draw(spec: dict[str, Any], rng: torch.Generator) -> Any:
         return torch.randn(content, generator=rng)
     if kind == "ones":
         return torch.ones(content)
-    if kind == "time":
-        return 1 + 900 * torch.rand(content, generator=rng)
+    if kind == "time":  # below one: some models take the sine of a thousand times it, where the last digit matters
+        return torch.rand(content, generator=rng)
     if kind == "index":
         return torch.randint(0, spec["below"], content, generator=rng)
     if kind == "mask":  # the last quarter of the last axis is hidden

@@ -75,13 +75,16 @@ def plain_onnxruntime(adapter: Adapter, folder: Path, threads: int) -> Run:
 
 
 def measure(made: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call, one list an implementation, interleaved."""
-    for run in made.values():
-        run()
+    """Seconds per call, one list an implementation, interleaved.
+
+    Before its timed call each waits until the threads of the one before have stopped spinning, and runs once untimed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(rounds):
         names = list(made) if number % 2 else list(made)[::-1]
         for name in names:
+            time.sleep(0.02)
+            made[name]()
             started = time.perf_counter()
             made[name]()
             seconds[name].append(time.perf_counter() - started)
