@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 from hasten.passes.pattern import GraphView, V
 
+ABSORBS = 1e15
+"""A filler beyond this leaves nothing of an ordinary number added to it, in float64 either."""
+
 
 @dataclass(frozen=True)
 class Condition(Generic[V]):
@@ -175,11 +178,11 @@ def _keep_empty_rows(view: GraphView[V], query: V, allowed: V, root: V) -> tuple
 def _without_key(view: GraphView[V], total: V, after: V | None, filler: float, some: V, root: V) -> V:
     """What is added to a row of fillers: only what is added after the filling, and only as far as it shows beside it.
 
-    Adding the filler and taking it away again loses exactly what the spelling loses: all of it beside the smallest
-    float.
+    Beside the smallest float nothing shows but what is as large; adding the filler and taking it away again loses just
+    that. Beside -1e4 it would lose digits that are the spelling's rounding alone.
     """
     if after is None:
         return view.emit("where", [some, total, view.number(0.0, like=total, at=root)], {}, at=root)
-    for name in ("add", "sub"):
+    for name in ("add", "sub") if abs(filler) > ABSORBS else ():
         after = view.emit(name, [after, view.number(filler, like=after, at=root)], {}, at=root)
     return view.emit("where", [some, total, after], {}, at=root)

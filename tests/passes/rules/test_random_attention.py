@@ -59,6 +59,17 @@ class Program:
     function: Callable[..., object]
     inputs: tuple[torch.Tensor, ...]
 
+    def in_float64(self) -> object:
+        """The same lines with every number in float64, those that the program casts included."""
+        wide = compiled(self.source.replace(".float()", ".double()"))
+        return wide(*(t.double() if t.is_floating_point() else t for t in self.inputs))
+
+
+def compiled(source: str) -> Callable[..., object]:
+    names: dict[str, Callable[..., object]] = {"torch": torch, "F": F}
+    exec(source, names)
+    return names["function"]
+
 
 def program(seed: int) -> Program:
     """Lines over q, k, v, a mask ``m`` of any kind and a one-element ``factor``."""
@@ -108,9 +119,7 @@ def program(seed: int) -> Program:
         lines.append(f"o = o.reshape({batch}, {heads}, {rows}, {value_width})")
     lines.append(f"return {choose.choice(['o'] * 8 + ['o, p', 'o, s'])}")
     source = "def function(q, k, v, m, factor):\n    " + "\n    ".join(lines) + "\n"
-    names: dict[str, Callable[..., object]] = {"torch": torch, "F": F}
-    exec(source, names)
-    return Program(source, names["function"], (q, k, v, _mask(choose, rng, rows, keys, dtype), torch.tensor(0.8)))
+    return Program(source, compiled(source), (q, k, v, _mask(choose, rng, rows, keys, dtype), torch.tensor(0.8)))
 
 
 def _first_product(choose: random.Random, rank: int) -> str:
@@ -153,7 +162,7 @@ def problem(made: Program) -> str | None:
     with torch.no_grad():
         try:
             want = tensors(made.function(*made.inputs))
-            wide = tensors(made.function(*(t.double() if t.is_floating_point() else t for t in made.inputs)))
+            wide = tensors(made.in_float64())
         except (RuntimeError, IndexError):
             return None  # not a program: shapes or types do not fit
         got = tensors(torch.compile(made.function, backend=rewritten, dynamic=False, fullgraph=True)(*made.inputs))
