@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ OPTIONS = {
     "expect": "rule -> number of sites that the graph must have",
     "verify": "structure (default) or sites: compare every rewrite with what it replaces",
     "strict": "raise where a pass fails or a rewrite does not verify, instead of compiling the graph as it was",
-    "dump": "a folder for the graph after every pass",
+    "dump": "a folder for the graph after every pass, in a folder of its own for each graph",
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -136,7 +137,7 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
             fuel=options.get("fuel"),
             skip=[name for name in options.get("skip", "").split(",") if name],
             verify=SiteCheck() if verify == "sites" else None,
-            dump=options.get("dump"),
+            dump=_unused(options["dump"]) if "dump" in options else None,
         )
     except UsageError:
         raise
@@ -153,6 +154,11 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
         rule, site = report.reverted[0]
         raise HastenError(f"{rule} at {site.where} does not verify: {site.reason}")
     report.expect(options.get("expect") or {})
+
+
+def _unused(folder: str | Path) -> Path:
+    """``graph-0``, ``graph-1``, … in ``folder``: a model may have several graphs, and be compiled again."""
+    return next(path for number in itertools.count() if not (path := Path(folder) / f"graph-{number}").exists())
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

@@ -151,7 +151,8 @@ class FxView:
         if not self._mutations:
             return None
         inner = {v for v in first if isinstance(v, fx.Node)}
-        start = min((self._order.get(v, 0) for v in inner), default=self._order.get(root, 0))
+        items = {v.args[0] for v in (*inner, root) if call_name(v) == "getitem"}  # they speak for what made the tuple
+        start = min(self._order.get(v, 0) for v in (*inner, *items, root))
         for position, node in self._mutations:
             if start < position < self._order.get(root, 0) and node not in inner:
                 if call_name(node) in _AUTOCAST:
@@ -234,12 +235,20 @@ class FxView:
 
     def _drop(self, node: fx.Node) -> None:
         """Erase a replaced node and what only it read: dead-code elimination keeps SDPA, which may draw numbers."""
-        if node.users or node._erased or self.op(node) is None or mutates(node, call_name(node)):
+        if node.users or node._erased or self.op(node) is None or not self._writes_nothing_else(node):
             return
         read = node.all_input_nodes
         self.graph.erase_node(node)
         for inner in read:
             self._drop(inner)
+
+    def _writes_nothing_else(self, node: fx.Node) -> bool:
+        """Whether nothing can tell that ``node`` is gone: it writes nothing, or to a new tensor that only it reads."""
+        if not mutates(node, call_name(node)):
+            return True
+        (source, *others) = node.all_input_nodes
+        made = self.op(source)
+        return not others and len(source.users) == 1 and made is not None and made.name in ("group_norm", "add")
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

@@ -204,10 +204,28 @@ def test_our_options(block: nn.Module, options: dict, wanted: dict[str, int]) ->
 def test_dump_writes_the_graph_after_every_pass(block: nn.Module, tmp_path) -> None:
     with torch.no_grad():
         torch.compile(block, backend=rewritten, options={"dump": tmp_path / "graphs"})(X)
-    files = sorted(f.name for f in (tmp_path / "graphs").iterdir())
-    assert files[:4] == ["00-input.txt", "01-gelu.txt", "02-geglu.txt", "03-attention.txt"]
-    assert "hasten.geglu" in (tmp_path / "graphs" / "02-geglu.txt").read_text()
-    assert "hasten.geglu" not in (tmp_path / "graphs" / "01-gelu.txt").read_text()
+    folder = tmp_path / "graphs" / "graph-0"
+    assert sorted(f.name for f in folder.iterdir())[:4] == [
+        "00-input.txt",
+        "01-gelu.txt",
+        "02-geglu.txt",
+        "03-attention.txt",
+    ]
+    assert "hasten.geglu" in (folder / "02-geglu.txt").read_text()
+    assert "hasten.geglu" not in (folder / "01-gelu.txt").read_text()
+
+
+def test_dump_keeps_the_graphs_apart(tmp_path) -> None:
+    def function(x):
+        x = F.gelu(x)
+        torch._dynamo.graph_break()
+        return F.silu(x)
+
+    with torch.no_grad():
+        torch.compile(function, backend=rewritten, options={"dump": str(tmp_path)})(X)
+    inputs = [(tmp_path / f"graph-{n}" / "00-input.txt").read_text() for n in range(2)]
+    assert ["gelu" in text for text in inputs] == [True, False]
+    assert ["silu" in text for text in inputs] == [False, True]
 
 
 def test_expect(block: nn.Module) -> None:

@@ -131,6 +131,13 @@ def half_of_the_result_activated(x, w, b):
     return y
 
 
+@case(X, W, B, group_norm_act=1)
+def input_changed_before_the_item_is_taken(x, w, b):
+    parts = torch.native_group_norm(x, w, b, 2, 8, 36, 4, 1e-5)
+    x.add_(1)
+    return F.silu(parts[0] * 1)
+
+
 @case(X)
 def operand_of_gelu_changed(x):
     half = x * 0.5
@@ -434,6 +441,16 @@ def nothing_to_normalise(x):
 @case(Q, K[:, :, :0], V[:, :, :0], attention=1)
 def nothing_to_attend_to(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_nothing_is_left_of_an_activation_in_place() -> None:
+    from hasten.backends import dynamo
+
+    made = CASES["silu_in_place"]
+    clear()
+    with torch.no_grad():
+        torch.compile(made.function, backend=BACKENDS["rewritten"])(*made.inputs)
+    assert dynamo.reports[0].ops_after == {"hasten.group_norm_act": 1}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
