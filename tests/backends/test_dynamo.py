@@ -606,6 +606,15 @@ def test_inductor_compiles_channels_last(block: nn.Module) -> None:
     assert hits() == BLOCK_HITS
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (4,)], ids=["2x2", "4"])
+def test_inductor_compiles_norms_of_a_few_pixels(shape: tuple[int, ...]) -> None:
+    """Sums of fewer than eight pixels are unrolled, and what follows went wrong (pytorch #185702)."""
+    norm, x = nn.GroupNorm(8, 64).requires_grad_(False), draw(2, 64, *shape)
+    got = torch.compile(lambda x: F.silu(norm(x)), backend="hasten")(x)
+    assert relative_error([F.silu(norm(x))], [got]) < 1e-5
+    assert hits() == {"group-norm-act": 1}
+
+
 def test_inductor_prints_powers_of_negative_numbers() -> None:
     """FX prints ``(-1) ** x`` as ``-1 ** x`` (pytorch #197894): AutoencoderKLCosmos depends on it."""
 

@@ -55,8 +55,13 @@ def group_norm_act(
 
 
 def _tiny(x: Tensor) -> bool:
-    """Maps of three axes and a few pixels: Inductor 2.13 compiles the block sums of 2x2x2 wrongly."""
-    return x.ndim > 4 and all(isinstance(n, int) for n in x.shape[2:]) and math.prod(x.shape[2:]) < 64
+    """Whether a block has fewer than eight pixels: Inductor unrolls such sums, and may compile what follows wrongly.
+
+    Up to torch 2.13 it keeps a map of small sums in a buffer for one group while it works on a vector of groups
+    (pytorch #185702). Sizes that are only known at run time are not unrolled.
+    """
+    rows, columns = _block_shape(x.shape[2:])[-2:]
+    return isinstance(columns, int) and rows * columns < 8
 
 
 def _pixelwise(value: Tensor, like: Tensor) -> Tensor:
