@@ -7,6 +7,7 @@ manifest.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.backends.choosing import Choosing
 from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
 from hasten.backends.manifest import Manifest, write_manifest
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from hasten.backends.program import FlatProgram
     from hasten.passes.rule import Report
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 STAGES = ("capture", "optimize", "export", "compile", "write")
@@ -51,6 +55,7 @@ def build(
     weights: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    choosing: Choosing | None = None,
     overwrite: bool = False,
     wait: float = WAIT_SECONDS,
     progress: Progress | None = None,
@@ -63,7 +68,8 @@ def build(
 
     ``dynamic_shapes`` is as `torch.export.export` takes it, for modules. ``shapes`` are sizes by input name, for ONNX
     sources: one for fixed sizes, or three for the least, most frequent and greatest. ``dtype`` converts modules.
-    ``expect``, ``fuel``, ``skip`` and ``strict`` are those of `optimize`. ``options`` are Inductor's (aoti).
+    ``expect``, ``fuel``, ``skip``, ``strict`` and, for modules, ``choosing`` are those of `optimize`. ``options`` are
+    Inductor's (aoti).
     ``timeout`` bounds a TensorRT build, in seconds. ``overwrite`` replaces an existing engine; ``wait`` is for
     another build of the same output.
 
@@ -81,7 +87,12 @@ def build(
     elif shapes is not None:
         raise UsageError("shapes: for ONNX sources; the sizes of a PyTorch source are those of its example inputs")
     job = _Job(
-        parsed, {"expect": expect, "fuel": fuel, "skip": tuple(skip), "strict": strict}, options, timeout, progress
+        parsed,
+        {"expect": expect, "fuel": fuel, "skip": tuple(skip), "strict": strict},
+        options,
+        timeout,
+        progress,
+        choosing,
     )
     with publish(out, overwrite=overwrite, wait=wait) as folder:
         if kind == "onnx":
@@ -108,7 +119,9 @@ class _Job:
         options: Mapping[str, Any] | None,
         timeout: float | None,
         progress: Progress | None,
+        choosing: Choosing | None,
     ) -> None:
+        self.choosing = choosing
         self.target = target
         self.rules = {**rules, "target": str(target)}
         self.options = options
@@ -134,7 +147,17 @@ class _Job:
 
         program = capture(origin.module, origin.args, origin.kwargs, origin.dynamic_shapes)
         self.tell("optimize", 0.2)
-        rewritten, report = optimize(program, source=origin.name, **self.rules)
+        rewritten, report = optimize(
+            program,
+            origin.args,
+            example_kwargs=origin.kwargs,
+            source=origin.name,
+            choosing=self.choosing,
+            **self.rules,
+        )
+        if report.choices:
+            report.notes.append(memory(report))
+            logger.info("%s", report.notes[-1])
         flat = flatten(
             rewritten,
             program,
@@ -259,6 +282,13 @@ class _Job:
             audit=audit,
             seconds=0.0,
         )
+
+
+def memory(report: Report) -> str:
+    """What the chosen implementations hold beside what the graph had, said before anything is compiled."""
+    weights = sum(c["weight_bytes"] for c in report.choices)
+    workspace = max((c["workspace_bytes"] for c in report.choices), default=0)
+    return f"convolutions hold {weights / 1e6:.1f} MB of transformed weights and {workspace / 1e6:.1f} MB of workspace"
 
 
 def _refuse_without_runtime(target: Target) -> None:

@@ -34,6 +34,11 @@ OPTIONS = {
     "expect": "rule -> number of sites that the graph must have",
     "verify": "structure (default) or sites: compare every rewrite with what it replaces",
     "strict": "raise where a pass fails or a rewrite does not verify, instead of compiling the graph as it was",
+    "tune": "off, cached (default) or on: whether implementations are chosen by measurement",
+    "memory_budget": "bytes that transformed weights and the largest workspace may take",
+    "max_error": "relative rms error that a layer may be expected to have",
+    "strict_nan": "no implementation that spreads a NaN or an infinity further",
+    "half": "implementations that round more in float16 too",
     "dump": "a folder for the graph after every pass, in a folder of its own for each graph",
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -116,6 +121,7 @@ def _trains(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
 
 
 def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
+    from hasten.backends.choosing import from_options
     from hasten.backends.optimize import VERIFY, run_pipeline
     from hasten.backends.target import parse_target
     from hasten.passes.fx.graph import FxGraph
@@ -124,6 +130,7 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
     verify = options.get("verify", "structure")
     if verify not in VERIFY[:2]:
         raise UsageError(f"verify: {verify!r} is none of {', '.join(VERIFY[:2])}")
+    choosing = from_options(options)
     device = _device(gm)
     report = Report(source="torch.compile", ir="fx", target=f"inductor:{device}")
     before = [(inner, _copy(inner.graph)) for inner in gm.modules() if isinstance(inner, fx.GraphModule)]
@@ -138,6 +145,8 @@ def _rewrite(gm: fx.GraphModule, options: dict[str, Any]) -> None:
             skip=[name for name in options.get("skip", "").split(",") if name],
             verify=SiteCheck() if verify == "sites" else None,
             dump=_unused(options["dump"]) if "dump" in options else None,
+            limits=choosing.limits(),
+            chooser=choosing.chooser(),
         )
     except UsageError:
         raise
@@ -183,7 +192,7 @@ def fingerprint() -> bytes:
     digest = hashlib.sha256(__version__.encode())
     root = Path(__file__).resolve().parent.parent
     for folder in ("passes", "backends"):
-        for file in sorted((root / folder).rglob("*.py")):
+        for file in sorted(p for kind in ("*.py", "*.cpp", "*.h") for p in (root / folder).rglob(kind)):
             digest.update(file.relative_to(root).as_posix().encode())
             digest.update(file.read_bytes())
     return digest.digest()

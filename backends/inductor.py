@@ -90,10 +90,26 @@ def package(
                 package_path=str(out_dir / ARTIFACT),
                 inductor_configs={**(CPU_OPTIONS if device == "cpu" else {}), **(options or {})},
             )
+            files = [ARTIFACT, *_kernels(program, out_dir)]
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise HastenError(f"AOTInductor failed to compile for {device}: {first}") from error
-    return [ARTIFACT]
+    return files
+
+
+OPAQUE = frozenset({"winograd_conv2d", "winograd_weight", "group_norm_affine", "apply_affine"})
+"""Operators of ours that a package calls by name; the others are compiled into it."""
+
+
+def _kernels(program: torch.export.ExportedProgram, out_dir: Path) -> list[str]:
+    """Put the library of C++ kernels beside a package that calls it, so that the engine needs no compiler to load."""
+    from hasten.passes.ops.native import build
+
+    called = {n.target._schema.name for n in program.graph.nodes if hasattr(n.target, "_schema")}
+    if not called.intersection(f"hasten::{name}" for name in OPAQUE) or not build.available():
+        return []
+    shutil.copyfile(build.loaded(), out_dir / build.LIBRARY)
+    return [build.LIBRARY]
 
 
 def _check_space(module: torch.fx.GraphModule, out_dir: Path) -> None:
@@ -132,6 +148,8 @@ class PackageRunner:
         import torch
         from torch._inductor import aoti_load_package
 
+        from hasten.passes.ops.native import build as native
+
         built, here = manifest.versions.get("torch", "?"), torch.__version__
         if _release(built) != _release(here):
             raise HastenError(
@@ -143,6 +161,10 @@ class PackageRunner:
                 f"engine '{artifact.parent}': compiled for a CPU with {', '.join(lacking)}, which this one "
                 "lacks: build it on this machine"
             )
+        if (library := artifact.parent / native.LIBRARY).is_file():
+            import hasten.passes.ops  # noqa: F401  (declares what the library implements)
+
+            native.adopt(library)
         self._model = aoti_load_package(str(artifact))
         self._device = parse_target(manifest.target).device
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.backends.choosing import Choosing
 from hasten.backends.target import Target, parse_target, supports
 from hasten.errors import UsageError, VerificationError
 from hasten.passes import catalog, pipeline
+from hasten.passes.choice import Chooser, Limits, fastest_predicted
 from hasten.passes.rule import Fuel, Report
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def optimize(
     strict: bool = False,
     verify: str = "sites",
     dump: str | Path | None = None,
+    choosing: Choosing | None = None,
     source: str = "",
 ) -> tuple[torch.fx.GraphModule, Report]:
     """Capture ``module`` and rewrite its graph with exact rules.
@@ -42,7 +45,9 @@ def optimize(
     Returns the rewritten graph module, which is called like the original, and the `Report`. ``expect`` maps a rule,
     or ``rule.variant``, to the number of sites it must have (`ExpectationError` otherwise); ``fuel`` stops after that
     many rewrites; ``skip`` names passes to leave out. A site whose verification fails is left as it was and named in
-    ``report.reverted``; with ``strict`` it raises `VerificationError` instead.
+    ``report.reverted``; with ``strict`` it raises `VerificationError` instead. ``choosing`` is how implementations
+    are chosen; with its ``max_error`` the result is compared with the model in float64, and convolutions give way to
+    less rounding ones until the error is within it.
     """
     from hasten.backends.capture import capture
     from hasten.passes.fx.graph import FxGraph
@@ -52,13 +57,37 @@ def optimize(
     _check_verify(verify)
     started = time.perf_counter()
     program = capture(module, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
-    rewritten = program.module(check_guards=False)
-    report = Report(source=source or type(module).__name__, ir="fx", target=str(parsed))
-    report.seconds["capture"] = time.perf_counter() - started
-    check = SiteCheck() if verify != "structure" else None
-    run_pipeline(FxGraph(rewritten), "fx", parsed, report, passes=passes, fuel=fuel, skip=skip, verify=check, dump=dump)
-    if check is not None and check.unchecked:
-        report.notes.append(f"{check.unchecked} sites are too large to be compared with what they replace")
+    seconds = time.perf_counter() - started
+    choosing = choosing or Choosing()
+
+    def rewrite(limits: Limits) -> tuple[torch.fx.GraphModule, Report]:
+        rewritten = program.module(check_guards=False)
+        report = Report(source=source or type(module).__name__, ir="fx", target=str(parsed))
+        report.seconds["capture"] = seconds
+        check = SiteCheck() if verify != "structure" else None
+        run_pipeline(
+            FxGraph(rewritten),
+            "fx",
+            parsed,
+            report,
+            passes=passes,
+            fuel=fuel,
+            skip=skip,
+            verify=check,
+            dump=dump,
+            limits=limits,
+            chooser=choosing.chooser(),
+        )
+        if check is not None and check.unchecked:
+            report.notes.append(f"{check.unchecked} sites are too large to be compared with what they replace")
+        return rewritten, report
+
+    if choosing.max_error is None:
+        rewritten, report = rewrite(choosing.limits())
+    else:
+        from hasten.backends.model_error import within
+
+        rewritten, report = within(program, tuple(example_inputs), dict(example_kwargs or {}), choosing, rewrite)
     _finish(report, expect, strict)
     if verify == "model":
         from hasten.backends.capture import check_equal
@@ -113,6 +142,8 @@ def run_pipeline(
     skip: Iterable[str],
     verify: Any,
     dump: str | Path | None,
+    limits: Limits | None = None,
+    chooser: Chooser = fastest_predicted,
 ) -> None:
     """Run the default passes of ``ir``, or those named, over ``graph``."""
     steps = pipeline.parse(passes) if passes is not None else [(name, {}) for name in catalog.default(ir)]
@@ -122,7 +153,14 @@ def run_pipeline(
     def supported(op: str, dtype: str, *, in_control_flow: bool = False) -> str | None:
         return supports(op, dtype, target, in_control_flow=in_control_flow)
 
-    context = pipeline.Context(target=str(target), supports=supported, fuel=Fuel(fuel), verify=verify)
+    context = pipeline.Context(
+        target=str(target),
+        supports=supported,
+        fuel=Fuel(fuel),
+        verify=verify,
+        limits=limits or Limits(),
+        chooser=chooser,
+    )
     hook = pipeline.dump_to(Path(dump)) if dump is not None else None
     pipeline.run(graph, steps, context, report, skip=skip, hook=hook)
 

@@ -12,20 +12,27 @@ PASSES = {
     "attention": "hasten.passes.rules.attention:ATTENTION",
     "group-norm-act": "hasten.passes.rules.group_norm_act:GROUP_NORM_ACT",
     "upsample-conv": "hasten.passes.rules.upsample_conv:UPSAMPLE_CONV",
+    "winograd-conv2d": "hasten.passes.fx.winograd:WINOGRAD_CONV2D",
+    "native-group-norm": "hasten.passes.fx.native_norm:NATIVE_GROUP_NORM",
     "legalise": "hasten.passes.onnx.legalise:LEGALISE",
 }
 
 # Each line stands where it does for the reason beside it.
-FX = (
+RULES = (
     "gelu",  # first: GroupNorm+GELU and GEGLU look for one gelu node, not for its erf or tanh chain
     "geglu",  # before attention, so that a gate is never taken for a scale
     "attention",  # before the norms: q and k norms end at attention's operands
     "group-norm-act",  # takes the activation behind it, which nothing else claims
-    "upsample-conv",  # last: looks at convolutions only
+    "upsample-conv",  # last of the rules: looks at convolutions only
+)
+FX = (
+    *RULES,
+    "winograd-conv2d",  # after all rules: takes up the norms and upsamplings that they made
+    "native-group-norm",  # the norms that no convolution took up
 )
 ONNX = (
     "canonical",  # exporters' spellings of shapes and constants -> one form, so that the rules see constants
-    *FX,
+    *RULES,
     "legalise",  # last: what the target cannot run, or runs slower than its own spelling, is lowered
 )
 

@@ -9,8 +9,9 @@ alpha), ``einsum`` (equation), ``sdpa`` (scale, causal, gqa), ``group_norm`` (x,
 ``instance_norm`` (x, weight?, bias?; eps), ``mean var sum max`` (axes, keepdims; var: correction), ``reshape`` (x),
 ``transpose`` (perm), ``expand``, ``repeat`` (axis, times), ``part`` (axis, index, parts), ``where`` (condition, a,
 b), ``masked_fill`` (x, mask, value), ``conv2d`` (x, weight, bias?; stride, padding, dilation, groups),
-``upsample_nearest`` (scale), ``pad`` (pads, value), ``filled`` (a tensor of one number, shaped like x), ``any eq isnan
-logical_not logical_and logical_or``. Axes are never negative in a view's answer.
+``upsample_nearest`` (scale), ``pad`` (pads, value), ``pad_reflect pad_replicate pad_circular`` (pads), ``filled`` (a
+tensor of one number, shaped like x), ``any eq isnan logical_not logical_and logical_or``. Axes are never negative in
+a view's answer.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from hasten.errors import UsageError, nearest
 from hasten.passes import catalog
+from hasten.passes.choice import Choice, Chooser, Limits, fastest_predicted
 from hasten.passes.pattern import GraphView
 from hasten.passes.rule import Fuel, Report, Rule, RuleReport, Verifier, apply
 
@@ -56,6 +57,11 @@ class Context:
     fuel: Fuel = field(default_factory=Fuel)
     verify: Verifier | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    chooser: Chooser = fastest_predicted
+    choices: list[tuple[str, Choice]] = field(default_factory=list)
+    """Which implementation each site got, by the name of its node."""
+    notes: list[str] = field(default_factory=list)
 
 
 Hook = Callable[[int, str, Graph], None]
@@ -149,6 +155,8 @@ def run(
         if hook is not None:
             hook(number, name, graph)
     graph.finish()
+    report.choices.extend({"site": where, **choice.as_dict()} for where, choice in context.choices)
+    report.notes.extend(context.notes)
     report.ops_after = graph.op_counts()
     return report
 

@@ -95,6 +95,10 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    """Sites whose implementation was chosen, each as `passes.choice.Choice.as_dict` says it."""
+    error: float | None = None
+    """Measured relative error of the rewritten model against the original in float64, where a bound was asked for."""
 
     def __getitem__(self, name: str) -> RuleReport:
         return next((r for r in self.rules if r.name == name), RuleReport(name))

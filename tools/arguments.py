@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,6 +83,62 @@ def rule_options(parser: argparse.ArgumentParser, *, verify: bool = True) -> Non
             help="structure: the graph is well formed; sites (default): and every rewrite equals what it replaces; "
             "model: and the whole result equals the original",
         )
+
+
+def choice_options(parser: argparse.ArgumentParser) -> None:
+    """How implementations are chosen; `choosing` reads what was given."""
+    group = parser.add_argument_group("choice of implementations (float32 convolutions on a CPU)")
+    group.add_argument(
+        "--tune",
+        type=one_of(("off", "cached", "on")),
+        default="cached",
+        metavar="MODE",
+        help="off: by the roofline model; cached (default): by what `hasten tune` measured, else the model; on: "
+        "measure what is missing",
+    )
+    group.add_argument("--memory-budget", type=size, metavar="SIZE", help="for transformed weights and workspace: 2GiB")
+    group.add_argument(
+        "--max-error",
+        type=positive,
+        metavar="E",
+        help="relative rms error against float64 that the model may have; it is measured, and layers give way",
+    )
+    group.add_argument(
+        "--strict-nan", action="store_true", help="nothing that spreads a NaN or infinity further than the original"
+    )
+    group.add_argument("--half", action="store_true", help="implementations that round more in float16 layers as well")
+
+
+def choosing(args: argparse.Namespace) -> Any:
+    """The `hasten.backends.choosing.Choosing` that `choice_options` asked for."""
+    from hasten.backends.choosing import Choosing
+
+    return Choosing(args.tune, args.memory_budget, args.max_error, args.strict_nan, args.half)
+
+
+def size(text: str) -> int:
+    """``512MiB``, ``2GB`` or a number of bytes -> bytes.
+
+    >>> size("2KiB"), size("3MB"), size("17")
+    (2048, 3000000, 17)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes, or 512MiB, 2GB")
+    unit = found[2] or ""
+    power = " KMGT".index(unit[:1].upper() or " ")
+    return int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UsageError
-from hasten.tools.arguments import DTYPES, number, one_of, rule_options, source_options, target
+from hasten.tools.arguments import (
+    DTYPES,
+    choice_options,
+    choosing,
+    number,
+    one_of,
+    rule_options,
+    source_options,
+    target,
+)
 from hasten.tools.console import Console, duration, quantity
-from hasten.tools.report import Findings, heading, misses_table, rules_table
+from hasten.tools.report import Findings, choices_table, heading, misses_table, rules_table
 from hasten.tools.source import MODEL, ONNX, PROGRAM, Source, load_program, resolve
 
 if TYPE_CHECKING:
@@ -23,6 +32,8 @@ EXAMPLES = (
     "hasten build unet.onnx --target onnxruntime:cpu --shapes sample:2x4x64x64 -o engines/unet",
     "hasten build sd15-unet --reduced --target tensorrt-rtx:sm89,sm120 --dtype float16 -o engines/sd15",
 )
+LAYERS = 12
+"""Layers whose implementation is shown without -v."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{kind}-shapes", metavar="SHAPES", help=f"{kind} of a range; all three together")
     source_options(parser)
     rule_options(parser, verify=False)
+    choice_options(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -60,6 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             skip=args.skip,
             strict=args.strict,
             timeout=args.timeout,
+            choosing=choosing(args),
             overwrite=args.force,
             progress=tell,
             **options,
@@ -72,6 +85,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.show(heading(found), "", rules_table(report))
     if (missed := misses_table(report, everything=console.verbosity > 0)) is not None:
         console.show("", missed)
+    if (chosen := choices_table(report, limit=None if console.verbosity > 0 else LAYERS)) is not None:
+        console.show("", chosen)
     for note in report.notes:
         console.show(f"note: {note}")
     console.show(f"wrote {args.output}: {quantity(size, 'B')} in {duration(engine.manifest.seconds)}")

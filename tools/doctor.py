@@ -70,6 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "c++ compiler": compiler,
         "cuda": torch.version.cuda,
         "gpus": gpus,
+        "tuning": _tuning(),
     }
     _show(console, system, found, abilities)
     console.document(
@@ -125,6 +126,14 @@ def targets() -> list[Ability]:
     build = _reason(torch_tensorrt.require)
     abilities.append(Ability("torch-tensorrt", build, build))
     return abilities
+
+
+def _tuning() -> str:
+    from hasten.backends.tuning_machine import native_kernels
+    from hasten.backends.tuning_store import Store
+    from hasten.tools.tune import summary
+
+    return summary(Store(native=native_kernels(load=False)))
 
 
 def _reason(check: Callable[..., object], *args: object) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any
 from hasten.errors import UsageError
 from hasten.passes.rule import MissSite, Report, RuleReport, Site
 from hasten.tools import page
-from hasten.tools.arguments import DTYPES, one_of, passes, rule_options, source_options, target
+from hasten.tools.arguments import DTYPES, choice_options, one_of, passes, rule_options, source_options, target
 from hasten.tools.console import Console
-from hasten.tools.report import Findings, heading, misses_table, operators_table, rules_table
+from hasten.tools.report import Findings, choices_table, heading, misses_table, operators_table, rules_table
 from hasten.tools.source import ENGINE, MODEL, ONNX, PROGRAM, resolve
 
 SUMMARY = "Show a graph's operators and costs, what the rules match in it, and what they nearly match and why not."
@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=one_of(DTYPES), help="convert a named model first")
     source_options(parser)
     rule_options(parser)
+    choice_options(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -63,6 +64,8 @@ def _show(found: Findings, console: Console) -> None:
     console.show(heading(found), "", rules_table(report, found.expected))
     if (missed := misses_table(report, everything=everything)) is not None:
         console.show("", missed)
+    if (chosen := choices_table(report, limit=None if everything else OPERATORS)) is not None:
+        console.show("", chosen)
     console.show("", operators_table(found, limit=None if everything else OPERATORS))
     for note in report.notes:
         console.show(f"note: {note}")

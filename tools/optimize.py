@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UsageError
-from hasten.tools.arguments import DTYPES, one_of, passes, rule_options, source_options, target
+from hasten.tools.arguments import DTYPES, choice_options, one_of, passes, rule_options, source_options, target
 from hasten.tools.console import Console
 from hasten.tools.files import check_folder, check_output, replace
 from hasten.tools.report import heading, misses_table, rules_table
@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-external-data", action="store_true", help="put an ONNX file's weights into FILE.data")
     source_options(parser)
     rule_options(parser)
+    choice_options(parser)
     parser.set_defaults(shapes=None)
 
 

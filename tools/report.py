@@ -122,3 +122,29 @@ def heading(found: Findings) -> str:
     passes = duration(sum(seconds for name, seconds in report.seconds.items() if name in catalog.names()))
     lines.append(f"  {nodes[0]} nodes -> {nodes[1]}, passes took {passes}")
     return "\n".join(lines)
+
+
+def choices_table(report: Report, *, limit: int | None = None) -> RenderableType | None:
+    """Which implementation each layer got, equal layers on one line; None where nothing was chosen."""
+    if not report.choices:
+        return None
+    shown = table("layer", ">sites", "implementation", ">predicted", ">measured", ">weights", ">workspace", "why")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for choice in report.choices:
+        rows.setdefault(f"{choice['layer']} {choice['implementation']} {choice['reason']}", []).append(choice)
+    for same in list(rows.values())[:limit]:
+        first, name = same[0], same[0]["implementation"]
+        measured = (first["measured_seconds"] or {}).get(name)
+        shown.add_row(
+            first["layer"].partition(", float")[0],
+            str(len(same)),
+            name,
+            duration(first["predicted_seconds"]),
+            duration(measured) if measured is not None else "",
+            quantity(first["weight_bytes"], "B") if first["weight_bytes"] else "",
+            quantity(first["workspace_bytes"], "B") if first["workspace_bytes"] else "",
+            first["reason"],
+        )
+    if limit is not None and len(rows) > limit:
+        shown.add_row(f"… {len(rows) - limit} more", "", "", "", "", "", "", "-v shows them")
+    return shown

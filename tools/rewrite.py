@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hasten.errors import UsageError
+from hasten.tools.arguments import choosing
 from hasten.tools.console import Console
 from hasten.tools.report import Findings
 from hasten.tools.source import MODEL, ONNX, Source, program_inputs
@@ -43,7 +44,7 @@ def rewrite(source: Source, args: argparse.Namespace, console: Console) -> Rewri
             raise UsageError(
                 f"--shapes is for ONNX files; the sizes of '{source.text}' are those of its example inputs"
             )
-        return _torch(source, args.dtype, options, tell)
+        return _torch(source, args.dtype, {**options, "choosing": choosing(args)}, tell)
 
 
 def _torch(source: Source, dtype: str | None, options: Mapping[str, Any], tell: Any) -> Rewritten:

@@ -119,6 +119,11 @@ def _upsample_conv(given: Arguments, result: tuple[int, ...]) -> int:
     return math.prod(result) * math.prod(shape(given["weight"])[1:])
 
 
+def _winograd(given: Arguments, result: tuple[int, ...]) -> int:
+    """Those of the direct convolution, as for every rewrite: what is computed, not how."""
+    return math.prod(result) * 9 * shape(given["x"])[1]
+
+
 _MULTIPLICATIONS: dict[str, Callable[[Arguments, tuple[int, ...]], int]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
@@ -130,5 +135,6 @@ _MULTIPLICATIONS: dict[str, Callable[[Arguments, tuple[int, ...]], int]] = {
     "scaled_dot_product_attention": _attention("query", "key", "value"),
     "hasten.attention": _attention("q", "k", "v"),
     "hasten.upsample_conv2d": _upsample_conv,
+    "hasten.winograd_conv2d": _winograd,
 }
 """Multiplications by operator, from its arguments by name and the shape of its result."""

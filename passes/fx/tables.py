@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from hasten.passes.fx.call import Call, Row, TupleRow
+from hasten.passes.fx.own import OWN
 from hasten.passes.pattern import OpView
 
 
@@ -333,9 +334,11 @@ def _surely_equal(a: Any, b: Any) -> bool:
 
 
 def _pad(call: Call) -> OpView[Any] | None:
-    operands, pads = _operands(call, "self"), call.raw("pad")
-    if operands is None or call.raw("mode", "constant") != "constant" or not isinstance(pads, (tuple, list)):
+    operands, pads, mode = _operands(call, "self"), call.raw("pad"), call.raw("mode", "constant")
+    if operands is None or not isinstance(pads, (tuple, list)):
         return None
+    if mode != "constant":
+        return OpView(f"pad_{mode}", operands, {"pads": tuple(pads)})
     value = call.raw("value")
     return OpView("pad", operands, {"pads": tuple(pads), "value": 0.0 if value is None else value})
 
@@ -383,6 +386,7 @@ READ: dict[str, Row] = {
     "pad": Row(("self", "pad", "mode", "value"), _pad), "constant_pad_nd": Row(("self", "pad", "value"), _pad),
     "dropout": Row(("self", "p", "training"), _dropout), "dropout2d": Row(("self", "p", "training"), _dropout),
     "native_dropout": Row(("self", "p", "training"), _dropout),
+    **OWN,
     **{n: Row(("self",), _identity) for n in ("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "dropout_")},
     **{n: Row(("self",), _cast) for n in ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy")},
 }  # fmt: skip

@@ -205,13 +205,16 @@ class FxView:
             yield torch._C._is_any_autocast_enabled()
 
     def emit_constant(self, content: npt.NDArray[Any], *, at: Value) -> Value:
+        return self.emit_buffer(torch.from_numpy(np.ascontiguousarray(content)), at=at, like=at)
+
+    def emit_buffer(self, tensor: torch.Tensor, *, at: fx.Node, like: fx.Node) -> fx.Node:
+        """A new buffer of the module, read right before ``at``; its fake tensor is of ``like``'s kind."""
         name = f"_hasten_constant_{sum(k.startswith('_hasten_constant_') for k, _ in self.module.named_buffers())}"
-        tensor = torch.from_numpy(np.ascontiguousarray(content))
         self.module.register_buffer(name, tensor)
         with self.graph.inserting_before(at):
             node = self.graph.get_attr(name)
-        mode = getattr(fake(at), "fake_mode", None)
-        node.meta["val" if "val" in at.meta else "example_value"] = mode.from_tensor(tensor) if mode else tensor
+        mode = getattr(fake(like), "fake_mode", None)
+        node.meta["val" if "val" in like.meta else "example_value"] = mode.from_tensor(tensor) if mode else tensor
         return node
 
     def number(self, number: float, *, like: Value, at: Value) -> Value:

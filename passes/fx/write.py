@@ -61,6 +61,12 @@ WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
     "group_norm_act": _plain(_HASTEN.group_norm_act.default, "groups", "eps", "act"),
     "geglu": _plain(_HASTEN.geglu.default, "approximate", "gate_first"),
     "upsample_conv2d": _plain(_HASTEN.upsample_conv2d.default),
+    "winograd_conv2d": _plain(
+        _HASTEN.winograd_conv2d.default, "outputs", "tile", "phases", "padding", "padding_mode", "act_in", "act_out",
+        "workspace",
+    ),
+    "group_norm_affine": _plain(_HASTEN.group_norm_affine.default, "groups", "eps"),
+    "apply_affine": _plain(_HASTEN.apply_affine.default, "act"),
     "gelu": _write_gelu,
     "add": _scalar_or_tensor("add"), "sub": _scalar_or_tensor("sub"), "mul": _scalar_or_tensor("mul"),
     "div": _scalar_or_tensor("div"),

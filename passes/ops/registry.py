@@ -23,6 +23,18 @@ def register(schema: str, implementation: Callable[..., Tensor]) -> None:
     LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
 
 
+def register_opaque(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Define ``hasten::<schema>`` as an operator that compilers call and do not look into.
+
+    ``implementation`` serves every device that no kernel is registered for (`passes.ops.native` has the CPU's);
+    ``fake`` gives shape, type and memory format. Compilers may hand over operands in any memory format.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, fake, "Meta")
+
+
 def runs_eagerly(x: Tensor) -> bool:
     """Whether ``x`` is computed now, by torch's own kernels, rather than traced for a compiler to fuse."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

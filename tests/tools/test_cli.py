@@ -54,7 +54,7 @@ def test_version(hasten):
         (
             ["optimise"],
             "hasten: there is no verb 'optimise'; verbs: models, inspect, optimize, build, run, generate, compare, "
-            "doctor. Did you mean 'optimize'?",
+            "tune, doctor. Did you mean 'optimize'?",
         ),
         (["--vresion"], "hasten: there is no option '--vresion'. Did you mean '--version'?"),
         (

@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.errors import UsageError
 from hasten.passes.ops import registry
 from hasten.passes.ops.activations import ACTIVATIONS, activation
+from hasten.passes.ops.group_norm_act import affine as affine
 from hasten.passes.ops.group_norm_act import cpu
 
 SCHEMA = (

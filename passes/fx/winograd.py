@@ -1,0 +1,180 @@
+"""``winograd-conv2d``: give every 3x3 convolution of an FX graph the implementation that is fastest for it.
+
+Two steps: every site is described and a chooser answers, under the limits on memory and error that all sites share;
+then the chosen ones are rewritten, with the norm before and the addition behind fused into the same pass over memory.
+Weights that the graph holds are transformed now, in float64; weights that are inputs of it (torch.compile) at the
+first call, and again when they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from hasten.errors import UsageError, nearest
+from hasten.passes.choice import DIRECT, Candidate, Choice, Layer, Limits, within_budget
+from hasten.passes.fx.graph import FxGraph
+from hasten.passes.fx.layers import layer_at
+from hasten.passes.fx.view import FxView
+from hasten.passes.ops.native import build
+from hasten.passes.ops.winograd_conv2d import select
+from hasten.passes.pattern import GraphView, Match
+from hasten.passes.pipeline import Context
+from hasten.passes.rule import Rule, RuleReport, apply
+from hasten.passes.rules import winograd_conv2d as rules
+
+NAME = "winograd-conv2d"
+BACKENDS = ("inductor", "aoti")
+
+
+class WinogradConv2d:
+    """The pass; options are ``form`` (one implementation for all sites, ``winograd-f4``) and ``fuse`` (true)."""
+
+    name = NAME
+
+    def run(self, graph: FxGraph, context: Context) -> RuleReport:
+        backend, _, device = context.target.partition(":")
+        if graph.ir != "fx" or backend not in BACKENDS:
+            return RuleReport(NAME)
+        if device == "cpu" and (why := build.load()) is not None:
+            context.notes.append(f"{NAME}: convolutions keep the library's implementation, since {why}")
+            return RuleReport(NAME)
+        job = _Job(graph, context)
+        job.choose()
+        return job.rewrite()
+
+
+class _Job:
+    def __init__(self, graph: FxGraph, context: Context) -> None:
+        self.context = context
+        self.limits: Limits = context.limits
+        options = dict(context.options.get(NAME, {}))
+        self.forced: str | None = options.pop("form", None)
+        fuse = options.pop("fuse", True)
+        _check_options(options, self.forced)
+        self.views = list(graph.views())
+        self.spellings = tuple(
+            (n, p) for n, p in rules.spellings() if fuse or n in ("conv", "pad-conv", "upsample-conv")
+        )
+        self.choices: dict[tuple[int, fx.Node], Choice] = {}
+        self.refusals: dict[fx.Node, str] = {}
+        self.weights: dict[tuple[int, str, int, bool], fx.Node] = {}
+
+    def choose(self) -> None:
+        """One choice for each convolution, keyed by its node."""
+        keys: list[tuple[int, fx.Node]] = []
+        found: list[Choice] = []
+        for number, view in enumerate(self.views):
+            for node in view.values():
+                layer = layer_at(view, node, torch.get_num_threads())
+                if layer is None or isinstance(layer, str):
+                    self.refusals[node] = layer or "no convolution"
+                    continue
+                candidates, why = select.candidates(layer, self.limits, forced=self.forced)
+                choice = _forced(layer, candidates, why) if self.forced else self.context.chooser(layer, candidates)
+                if len(candidates) == 1 and why:
+                    choice = replace(choice, reason=why)
+                keys.append((number, node))
+                found.append(choice)
+        kept = within_budget(found, self.limits.memory_budget)
+        if any(c.name != DIRECT for c in kept):
+            self.context.notes.append(
+                f"{sum(c.name != DIRECT for c in kept)} convolutions spread a NaN or an infinity over a whole tile; "
+                "with strict-nan they keep the library's implementation"
+            )
+        for key, choice in zip(keys, kept, strict=True):
+            self.choices[key] = choice
+            self.context.choices.append((key[1].name, choice))
+
+    def rewrite(self) -> RuleReport:
+        report = RuleReport(NAME)
+        for number, view in enumerate(self.views):
+            rule = Rule(
+                name=NAME,
+                spellings=self.spellings,
+                guard=partial(self._guard, number),
+                replace=partial(self._replace, number),
+                anchors=frozenset(),  # the table of choices says why a site keeps what it had,
+                variant=partial(self._variant, number),
+            )
+            report += apply(rule, view, fuel=self.context.fuel, verify=self.context.verify)
+        return report
+
+    def _variant(self, number: int, found: Match[Any]) -> str:
+        return self.choices[number, found["conv"]].name
+
+    def _guard(self, number: int, view: GraphView[Any], found: Match[Any]) -> str | None:
+        choice = self.choices.get((number, found["conv"]))
+        if choice is None:
+            return self.refusals.get(found["conv"], "no choice was made for it")
+        if choice.name == DIRECT:
+            return choice.reason
+        return rules.obstacle(view, found, found["conv"])
+
+    def _replace(self, number: int, view: FxView, found: Match[Any], root: fx.Node) -> fx.Node:
+        choice = self.choices[number, found["conv"]]
+        form = select.form(choice.name)
+        assert form is not None
+        x, norm, act_in = found["x"], None, "none"
+        if "norm_groups" in found.attrs:
+            operands = [x, *(found.values[f"norm_{n}"] for n in ("weight", "bias", "scale", "shift"))]
+            attrs = {"groups": found.attrs["norm_groups"], "eps": found.attrs["norm_eps"]}
+            norm, act_in = view.emit("group_norm_affine", operands, attrs, at=root), found.attrs["norm_act"]
+        pads, mode = rules.padding(found)
+        attrs = {
+            "outputs": choice.layer.outputs,
+            "tile": form.tile,
+            "phases": form.phases,
+            "padding": pads,
+            "padding_mode": mode,
+            "act_in": act_in,
+            "act_out": "silu" if (made := view.op(root)) is not None and made.name == "silu" else "none",
+            "workspace": select.CHUNK_BYTES,
+        }
+        weight = self._weight(view, found["weight"], form, number)
+        inputs = [x, weight, found.values["bias"], norm, found.values.get("other")]
+        return view.emit("winograd_conv2d", inputs, attrs, at=root)
+
+    def _weight(self, view: FxView, weight: fx.Node, form: select.Form, number: int) -> fx.Node:
+        """The transformed weights, where the graph holds the weights; the weights where they come in from outside."""
+        held = _held(view.module, weight)
+        if held is None:
+            return weight
+        key = (number, str(weight.target), form.tile, form.phases)
+        if key not in self.weights:
+            with torch.no_grad():
+                made = torch.ops.hasten.winograd_weight(held.detach(), form.tile, form.phases)
+            first = next(n for n in view.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            self.weights[key] = view.emit_buffer(made, at=first, like=weight)
+        return self.weights[key]
+
+
+def _held(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    if node.op != "get_attr":
+        return None
+    found: Any = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    real = isinstance(found, torch.Tensor) and not isinstance(found, torch._subclasses.FakeTensor)
+    return found if real and not found.is_meta else None
+
+
+def _forced(layer: Layer, candidates: Sequence[Candidate], why: str) -> Choice:
+    chosen = candidates[-1]
+    return Choice(layer, chosen, why or "asked for by name", candidates[0].predicted_seconds)
+
+
+def _check_options(options: dict[str, Any], forced: str | None) -> None:
+    if options:
+        raise UsageError(f"passes: {NAME} has no option {next(iter(options))!r}; options: form, fuse")
+    known = [name for op in select.TILES for name in select.names(op)]
+    if forced is not None and forced not in known:
+        raise UsageError(f"passes: {NAME} has no form {forced!r}; forms: {', '.join(known)}.{nearest(forced, known)}")
+
+
+WINOGRAD_CONV2D = WinogradConv2d()

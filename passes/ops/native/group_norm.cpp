@@ -1,0 +1,193 @@
+// GroupNorm in two passes over memory: per-channel sums, then one multiply-add and the activation.
+//
+// Sums are of x less the channel's first pixel, in float32 over runs of pixels and in float64 across them, so a mean of
+// any size costs no digits; channels are put together with Chan's formula in float64. Channels last, a run of pixels is
+// read once, whole lines at a time, whatever the number of channels in a group.
+
+#include "group_norm.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "vector.h"
+
+namespace hasten {
+namespace {
+
+constexpr long RUN = 64;        // pixels that are summed in float32, channels last
+constexpr long PLANE_RUN = 4096;  // floats of a plane that are summed in float32
+constexpr int UNROLL = 4;       // vectors of channels whose sums are independent
+
+// Sums over the runs [first, last) of one picture, channels last; sums and squares are (C) each.
+void sums_channels_last(const float* x, const float* origin, long c, long first, long last, double* sums, double* squares) {
+  for (long begin = first; begin < last; begin += RUN) {
+    const long end = std::min(begin + RUN, last);
+    long ch = 0;
+    for (; ch + UNROLL * VL <= c; ch += UNROLL * VL) {
+      vf k[UNROLL], s[UNROLL] = {}, q[UNROLL] = {};
+      for (int j = 0; j < UNROLL; ++j) k[j] = load(origin + ch + j * VL);
+      for (long p = begin; p < end; ++p)
+        for (int j = 0; j < UNROLL; ++j) {
+          const vf d = load(x + p * c + ch + j * VL) - k[j];
+          s[j] += d;
+          q[j] += d * d;
+        }
+      for (int j = 0; j < UNROLL; ++j)
+        for (int l = 0; l < VL; ++l) {
+          sums[ch + j * VL + l] += s[j][l];
+          squares[ch + j * VL + l] += q[j][l];
+        }
+    }
+    for (; ch < c; ++ch) {
+      float s = 0, q = 0;
+      for (long p = begin; p < end; ++p) {
+        const float d = x[p * c + ch] - origin[ch];
+        s += d;
+        q += d * d;
+      }
+      sums[ch] += s;
+      squares[ch] += q;
+    }
+  }
+}
+
+void sums_plane(const float* x, float origin, long pixels, double* sum, double* square) {
+  const vf k = splat(origin);
+  for (long begin = 0; begin < pixels; begin += PLANE_RUN) {
+    const long end = std::min(begin + PLANE_RUN, pixels);
+    vf s[UNROLL] = {}, q[UNROLL] = {};
+    long p = begin;
+    for (; p + UNROLL * VL <= end; p += UNROLL * VL)
+      for (int j = 0; j < UNROLL; ++j) {
+        const vf d = load(x + p + j * VL) - k;
+        s[j] += d;
+        q[j] += d * d;
+      }
+    for (int j = 0; j < UNROLL; ++j)
+      for (int l = 0; l < VL; ++l) {
+        *sum += s[j][l];
+        *square += q[j][l];
+      }
+    for (; p < end; ++p) {
+      const double d = (double)x[p] - origin;
+      *sum += d;
+      *square += d * d;
+    }
+  }
+}
+
+float at(const float* values, long row, long step, long n, long c) { return values[n * row + c * step]; }
+
+}  // namespace
+
+void group_norm_affine(const GroupNorm& norm, float* out) {
+  const long n = norm.n, c = norm.c, pixels = norm.pixels, width = c / norm.groups;
+  const int parts = norm.channels_last ? norm.threads : 1;
+  std::vector<double> sums(parts * n * c * 2);
+  if (norm.channels_last) {
+#pragma omp parallel for num_threads(norm.threads) collapse(2)
+    for (long b = 0; b < n; ++b)
+      for (int part = 0; part < parts; ++part) {
+        const float* x = norm.x + b * pixels * c;
+        double* to = sums.data() + (part * n + b) * c * 2;
+        sums_channels_last(x, x, c, pixels * part / parts, pixels * (part + 1) / parts, to, to + c);
+      }
+  } else {
+#pragma omp parallel for num_threads(norm.threads)
+    for (long plane = 0; plane < n * c; ++plane) {
+      const float* x = norm.x + plane * pixels;
+      double* to = sums.data() + plane / c * c * 2 + plane % c;
+      sums_plane(x, x[0], pixels, to, to + c);
+    }
+  }
+  float *origins = out, *scales = out + n * c, *shifts = out + 2 * n * c;
+  for (long b = 0; b < n; ++b)
+    for (long g = 0; g < norm.groups; ++g) {
+      double mean = 0, m2 = 0;
+      std::vector<double> means(width), m2s(width);
+      for (long i = 0; i < width; ++i) {
+        const long ch = g * width + i;
+        double s = 0, q = 0;
+        for (int part = 0; part < parts; ++part) {
+          s += sums[(part * n + b) * c * 2 + ch];
+          q += sums[(part * n + b) * c * 2 + c + ch];
+        }
+        const double first = norm.channels_last ? norm.x[b * pixels * c + ch] : norm.x[(b * c + ch) * pixels];
+        means[i] = first + s / pixels;
+        m2s[i] = q - s * s / pixels;
+        mean += means[i] / width;
+      }
+      for (long i = 0; i < width; ++i) m2 += m2s[i] + pixels * (means[i] - mean) * (means[i] - mean);
+      m2 /= (double)pixels * width;
+      const double rstd = 1 / std::sqrt((m2 < 0 ? 0 : m2) + norm.eps);
+      const float origin = (float)mean;
+      for (long i = 0; i < width; ++i) {
+        const long ch = g * width + i;
+        double a = rstd * (norm.weight != nullptr ? norm.weight[ch] : 1.0);
+        // What the mean loses when it becomes a float goes into the shift.
+        double shift = (origin - mean) * a + (norm.bias != nullptr ? norm.bias[ch] : 0.0);
+        if (norm.scale != nullptr) {
+          const double factor = at(norm.scale, norm.scale_row, norm.scale_step, b, ch);
+          a *= factor;
+          shift *= factor;
+        }
+        if (norm.shift != nullptr) shift += at(norm.shift, norm.shift_row, norm.shift_step, b, ch);
+        origins[b * c + ch] = origin;
+        scales[b * c + ch] = (float)a;
+        shifts[b * c + ch] = (float)shift;
+      }
+    }
+}
+
+namespace {
+
+template <bool SILU>
+void apply_lines(const GroupNorm& norm, const float* affine, float* y) {
+  const long n = norm.n, c = norm.c, pixels = norm.pixels;
+  const float *origins = affine, *scales = affine + n * c, *shifts = affine + 2 * n * c;
+  auto one = [](float x, float k, float a, float b) {
+    vf value = (splat(x) - k) * a + b;
+    if (SILU) value = silu(value);
+    return value[0];
+  };
+  if (norm.channels_last) {
+#pragma omp parallel for num_threads(norm.threads)
+    for (long row = 0; row < n * pixels; ++row) {
+      const long at = row / pixels * c;
+      const float* from = norm.x + row * c;
+      float* to = y + row * c;
+      long ch = 0;
+      for (; ch + VL <= c; ch += VL) {
+        vf value = (load(from + ch) - load(origins + at + ch)) * load(scales + at + ch) + load(shifts + at + ch);
+        if (SILU) value = silu(value);
+        store(to + ch, value);
+      }
+      for (; ch < c; ++ch) to[ch] = one(from[ch], origins[at + ch], scales[at + ch], shifts[at + ch]);
+    }
+    return;
+  }
+#pragma omp parallel for num_threads(norm.threads)
+  for (long plane = 0; plane < n * c; ++plane) {
+    const float* from = norm.x + plane * pixels;
+    const float k = origins[plane], a = scales[plane], b = shifts[plane];
+    float* to = y + plane * pixels;
+    long p = 0;
+    for (; p + VL <= pixels; p += VL) {
+      vf value = (load(from + p) - k) * a + b;
+      if (SILU) value = silu(value);
+      store(to + p, value);
+    }
+    for (; p < pixels; ++p) to[p] = one(from[p], k, a, b);
+  }
+}
+
+}  // namespace
+
+void apply_affine(const GroupNorm& norm, const float* affine, bool silu, float* y) {
+  silu ? apply_lines<true>(norm, affine, y) : apply_lines<false>(norm, affine, y);
+}
+
+}  // namespace hasten
