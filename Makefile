@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format tables bench clean
+.PHONY: help demo test test-slow lint format tables bench speed clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -19,6 +19,10 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[diffusers,bench]'
 	@touch $@
 
 demo: $(VENV)/.demo ## set up, then generate pictures with the plain and the optimised model, side by side
@@ -39,7 +43,15 @@ format: $(VENV)/.dev ## let ruff write what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## plain Inductor and ONNX Runtime against hasten, interleaved; prints the table of BENCHMARKS.md
+# A work that fails is told and costs the exit code, not the tables of the others.
+bench: $(VENV)/.bench ## time layers and models in every implementation, and write the tables of BENCHMARKS.md
+	@mkdir -p $(OUT)
+	code=0; \
+	$(BIN)/hasten bench --set layers --jsonl $(OUT)/bench.jsonl || code=$$?; \
+	$(BIN)/hasten bench --set models --jsonl $(OUT)/bench.jsonl || code=$$?; \
+	$(BIN)/hasten bench --render $(OUT)/bench.jsonl --into BENCHMARKS.md && exit $$code
+
+speed: $(VENV)/.dev ## plain Inductor and ONNX Runtime against hasten on small models, all in one process
 	$(BIN)/python tests/tables/speed.py
 
 tables: $(VENV)/.dev ## print the acceptance tables: counts per model, ONNX node tests, diffusers configurations, operators

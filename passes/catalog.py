@@ -11,6 +11,7 @@ PASSES = {
     "geglu": "hasten.passes.rules.geglu:GEGLU",
     "attention": "hasten.passes.rules.attention:ATTENTION",
     "group-norm-act": "hasten.passes.rules.group_norm_act:GROUP_NORM_ACT",
+    "fold-conv": "hasten.passes.rules.fold_conv:FOLD_CONV",
     "upsample-conv": "hasten.passes.rules.upsample_conv:UPSAMPLE_CONV",
     "winograd-conv2d": "hasten.passes.fx.winograd:WINOGRAD_CONV2D",
     "native-group-norm": "hasten.passes.fx.native_norm:NATIVE_GROUP_NORM",
@@ -23,6 +24,7 @@ RULES = (
     "geglu",  # before attention, so that a gate is never taken for a scale
     "attention",  # before the norms: q and k norms end at attention's operands
     "group-norm-act",  # takes the activation behind it, which nothing else claims
+    "fold-conv",  # after the rules above, whose patterns hold constants; before those that take convolutions up
     "upsample-conv",  # last of the rules: looks at convolutions only
 )
 FX = (

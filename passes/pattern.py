@@ -8,7 +8,9 @@ silu``, ``gelu`` (approximate), ``softmax`` (axis), ``cast`` (to), ``identity``,
 alpha), ``einsum`` (equation), ``sdpa`` (scale, causal, gqa), ``group_norm`` (x, weight?, bias?; groups, eps),
 ``instance_norm`` (x, weight?, bias?; eps), ``mean var sum max`` (axes, keepdims; var: correction), ``reshape`` (x),
 ``transpose`` (perm), ``expand``, ``repeat`` (axis, times), ``part`` (axis, index, parts), ``where`` (condition, a,
-b), ``masked_fill`` (x, mask, value), ``conv2d`` (x, weight, bias?; stride, padding, dilation, groups),
+b), ``masked_fill`` (x, mask, value), ``conv1d conv2d conv3d`` (x, weight, bias?; stride, padding, dilation, groups),
+``linear`` (x, weight, bias?; out_axis: the weight's axis that is the result's last), ``batch_norm`` (x, weight?, bias?,
+mean?, var?; eps, training),
 ``upsample_nearest`` (scale), ``pad`` (pads, value), ``pad_reflect pad_replicate pad_circular`` (pads), ``filled`` (a
 tensor of one number, shaped like x), ``any eq isnan logical_not logical_and logical_or``. Axes are never negative in
 a view's answer.
@@ -62,6 +64,12 @@ class GraphView(Protocol[V]):
     def constant(self, value: V, /) -> npt.NDArray[Any] | None:
         """The content of a value that does not depend on any input, where it is small enough to look at."""
 
+    def weights(self, value: V, /) -> npt.NDArray[Any] | None:
+        """The content of a parameter, buffer or initializer that the graph itself holds, of any size.
+
+        None for what comes in from outside, may be exchanged by the graph's owner, or is changed in the graph.
+        """
+
     def shape(self, value: V, /) -> tuple[Dim, ...] | None:
         """Sizes; None where the rank is unknown."""
 
@@ -73,6 +81,9 @@ class GraphView(Protocol[V]):
 
     def obstacle(self, first: Iterable[V], root: V, /) -> str | None:
         """Why values ``first`` cannot be computed at ``root`` instead: a tensor is changed in place between."""
+
+    def sharing(self, value: V, source: V, /) -> str | None:
+        """Why users of ``value`` cannot read ``source`` itself: its memory is changed, or seen by somebody else."""
 
     def where(self, value: V, /) -> str:
         """A name that a user can find again."""

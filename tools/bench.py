@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from hasten.errors import HastenError, UsageError, VerificationError
 from hasten.tools import bench_lines, bench_plot
 from hasten.tools.arguments import DTYPES, number, one_of, source_options, whole
-from hasten.tools.bench_implementations import IMPLEMENTATIONS, Implementation, chosen, parse_names
-from hasten.tools.bench_machine import conditions, gpu, pinned, processor, versions
+from hasten.tools.bench_implementations import IMPLEMENTATIONS, Implementation, check_baseline, chosen, parse_names
+from hasten.tools.bench_machine import conditions, gpu, load, pinned, processor, versions
 from hasten.tools.bench_process import MALLOC
 from hasten.tools.bench_row import FAILED, WRONG
-from hasten.tools.bench_works import SETS, works
-from hasten.tools.console import Console, table
+from hasten.tools.bench_show import heading, title, work_parts
+from hasten.tools.bench_works import SETS, Work, works
+from hasten.tools.console import Console
 from hasten.tools.files import check_output
 
 SUMMARY = (
@@ -28,6 +30,8 @@ EXAMPLES = (
     "hasten bench --render out/bench.jsonl --into BENCHMARKS.md",
 )
 RTOL = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+BUSY = 0.5
+"""Load for each thread from which the machine is said to be busy."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,…",
         help=f"instead of all that run on this CPU: {', '.join(IMPLEMENTATIONS)}",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="of ratios (default: the fastest of a work that is not ours)")
+    parser.add_argument("--baseline", metavar="NAME", help="of ratios (default: the fastest that is not ours)")
     parser.add_argument("--shapes", metavar="NAME:1x4x64x64,…", help="sizes of the named models' inputs")
     parser.add_argument("--dtype", type=one_of(DTYPES), default="float32", help="of weights and inputs (float32)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of inputs and layers' weights (default 0)")
     parser.add_argument("--rtol", type=number, help="largest relative error that is right (default 1e-3 in float32)")
     timing = parser.add_argument_group("timing")
-    timing.add_argument("--threads", type=whole(1), metavar="N", help="of each implementation (default: all processors)")
+    timing.add_argument("--threads", type=whole(1), metavar="N", help="of each (default: one a processor)")
     timing.add_argument("--rounds", type=whole(1), default=21, metavar="N", help="timed samples of each (default 21)")
     timing.add_argument("--warmup", type=whole(1), default=3, metavar="N", help="calls before the rounds (default 3)")
     timing.add_argument(
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     threads, cpus = pinned(args.threads)
     asked = works(args.sources, args.set, reduced=args.reduced, weights=args.weights, shapes=args.shapes)
     implementations, left_out = chosen(args.implementations)
-    _check_baseline(args.baseline, implementations)
+    check_baseline(args.baseline, implementations)
     common = {
         "threads": threads,
         "cpus": None if cpus is None else list(cpus),
@@ -106,21 +110,32 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "seed": args.seed,
         "versions": versions(),
     }
-    console.show(_heading(common, implementations))
-    lines: list[dict[str, Any]] = []
+    device = gpu() if all(made.device == "cuda" for made in implementations) else processor()
+    console.show(heading(common, device), *(f"left out: {name} ({reason})" for name, reason in left_out.items()))
+    _warn_of_load(threads, console)
+    lines: list[bench_lines.Line] = []
     for work in asked:
         made = _measure(work, implementations, common, args, console)
+        lines += made
         if args.jsonl is not None:
             bench_lines.append(args.jsonl, made)
-        lines += made
-    _finish(lines, left_out, common, args, console)
+        console.show(*work_parts(made))
+    console.document({**common, "device": device, "left_out": left_out, "rows": lines})
+    if args.plot is not None:
+        bench_plot.write(lines, args.plot, title(lines))
+        console.show("", f"wrote {args.plot}")
     return _verdict(lines)
 
 
 def _measure(
-    work: Any, implementations: Sequence[Implementation], common: dict[str, Any], args: Any, console: Console
+    work: Work,
+    implementations: Sequence[Implementation],
+    common: dict[str, Any],
+    args: argparse.Namespace,
+    console: Console,
 ) -> list[dict[str, Any]]:
-    from hasten.tools.bench_measure import Settings, measure
+    from hasten.tools.bench_contender import Settings
+    from hasten.tools.bench_measure import measure
 
     settings = Settings(
         threads=common["threads"],
@@ -138,77 +153,20 @@ def _measure(
     here = conditions()
     with console.progress(work.word) as tell:
         rows = measure(work, implementations, settings, tell)
-    devices = {"cpu": processor(), "cuda": gpu()} if any(r.implementation.device == "cuda" for r in rows) else {}
-    name = processor()
-    return [{**row.as_dict(), **common, "device": devices.get(row.implementation.device, name), **here} for row in rows]
+    devices = {kind: gpu() if kind == "cuda" else processor() for kind in {r.implementation.device for r in rows}}
+    return [{**row.as_dict(), **common, "device": devices[row.implementation.device], **here} for row in rows]
 
 
-def _check_baseline(name: str | None, implementations: Sequence[Implementation]) -> None:
-    listed = [made.name for made in implementations]
-    if name is not None and name not in listed:
-        from hasten.errors import nearest
-
-        raise UsageError(f"--baseline {name!r} is none of {', '.join(listed)}.{nearest(name, listed)}")
-
-
-def _heading(common: dict[str, Any], implementations: Sequence[Implementation]) -> str:
-    cpus, threads = common["cpus"], common["threads"]
-    where = "not pinned" if cpus is None else f"on processor{'s' if len(cpus) > 1 else ''} {', '.join(map(str, cpus))}"
-    device = processor() if any(made.device == "cpu" for made in implementations) else gpu()
-    packages = ", ".join(f"{name} {number}" for name, number in common["versions"].items())
-    words = f"{threads} thread{'s' if threads != 1 else ''} {where}, {common['dtype']}"
-    return f"{device}, {words}, {bench_lines.malloc_words(common['malloc'])}; {packages}\n"
-
-
-def _finish(lines: list[Any], left_out: dict[str, str], common: dict[str, Any], args: Any, console: Console) -> None:
-    console.document({**common, "device": processor(), "left_out": left_out, "rows": lines})
-    shown = table(
-        "work",
-        "implementation",
-        ">median ms",
-        ">p20",
-        ">p80",
-        ">times as fast",
-        ">peak MiB",
-        ">with build",
-        ">prepared in",
-        ">error",
-    )
-    before = None
-    for line in lines:
-        shown.add_row("" if line["work"] == before else line["work"], *_cells(line))
-        before = line["work"]
-    console.show(shown)
-    console.show(*(f"{x['implementation']} of {x['work']}: {x['reason']}" for x in lines if x["reason"]))
-    console.show(*(f"left out: {name} ({reason})" for name, reason in left_out.items()))
-    if args.plot is not None:
-        bench_plot.write(lines, args.plot, _title(lines))
-        console.show(f"wrote {args.plot}")
-
-
-def _cells(line: dict[str, Any]) -> list[str]:
-    if line["status"] == FAILED:
-        return [line["implementation"], "failed"]
-    seconds, ratio = line["seconds"], line["times_as_fast"]
-    fast = ""
-    if ratio is not None and ratio["baseline"] == line["implementation"]:
-        fast = "baseline"
-    elif ratio is not None:
-        fast = f"{ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
-    memory = [
-        "" if line[k] is None else f"{line[k] / 2**20:.0f}" for k in ("peak_bytes", "peak_bytes_with_build")
-    ]
-    error = "" if line["error"] is None else "reference" if line["reference"] == line["implementation"] else ""
-    error = error or ("wrong" if line["error"] is None and line["status"] == WRONG else "")
-    if not error and line["error"] is not None:
-        error = f"{line['error']:.1e}" + (" wrong" if line["status"] == WRONG else "")
-    times = [bench_lines.milliseconds(seconds[k]) for k in ("median", "p20", "p80")]
-    return [line["implementation"], *times, fast, *memory, f"{line['prepare_seconds']:.1f} s", error]
-
-
-def _title(lines: Sequence[dict[str, Any]]) -> str:
-    first = lines[0]
-    return f"{first['device']}, {first['threads']} threads, {first['dtype']}, {first['date'].partition('T')[0]}"
+def _warn_of_load(threads: int, console: Console) -> None:
+    """Others on the processors are in every figure, and most in those whose threads spin while they wait."""
+    busy = load()
+    if busy is not None and busy > max(BUSY * threads, BUSY):
+        advice = ", or set OMP_WAIT_POLICY=passive, so that threads which wait do not spin"
+        known = "OMP_WAIT_POLICY" in os.environ
+        console.note(
+            f"the load average is {busy:.1f}: other processes take part in what is timed; wait for them"
+            f"{'' if known else advice}"
+        )
 
 
 def _verdict(lines: Sequence[dict[str, Any]]) -> int:
@@ -231,8 +189,11 @@ def _render(args: argparse.Namespace, console: Console) -> int:
     if args.into is not None:
         bench_lines.write_markdown(text, args.into)
     if args.plot is not None:
-        bench_plot.write(lines, args.plot, _title(lines))
+        bench_plot.write(lines, args.plot, title(lines))
     written = [str(path) for path in (args.into, args.plot) if path is not None]
     console.document({"rows": len(lines), "markdown": text, "written": written})
-    console.show(f"wrote {', '.join(written)}" if written else text)
+    if written:
+        console.show(f"wrote {', '.join(written)}")
+    elif not args.json:
+        print(text)  # as it is: a line of a table must not be folded
     return 0

@@ -119,6 +119,13 @@ def chosen(names: Iterable[str] | None) -> tuple[list[Implementation], dict[str,
     return found, left_out
 
 
+def check_baseline(name: str | None, implementations: Iterable[Implementation]) -> None:
+    """`UsageError` for a baseline that is not timed."""
+    listed = [made.name for made in implementations]
+    if name is not None and name not in listed:
+        raise UsageError(f"--baseline {name!r} is none of {', '.join(listed)}.{nearest(name, listed)}")
+
+
 def require(implementation: Implementation) -> None:
     """Raise `MissingPackageError` or `HastenError` with what this machine lacks for it."""
     for module, extra in implementation.packages:

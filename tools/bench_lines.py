@@ -41,7 +41,9 @@ def read(path: Path) -> list[Line]:
             raise UsageError(f"{path}, line {number}: it is not JSON ({error.msg})") from error
         missing = [key for key in _KEYS if key not in line] if isinstance(line, dict) else ["an object"]
         if missing:
-            raise UsageError(f"{path}, line {number}: there is no {missing[0]}; `hasten bench --jsonl` writes such lines")
+            raise UsageError(
+                f"{path}, line {number}: there is no {missing[0]}; `hasten bench --jsonl` writes such lines"
+            )
         lines.append(line)
     return lines
 
@@ -80,8 +82,11 @@ def _group(lines: Sequence[Line]) -> str:
     dates = sorted({line["date"].partition("T")[0] for line in lines})
     packages = sorted({f"{name} {number}" for line in lines for name, number in line["versions"].items()})
     threads = f"{first['threads']} thread{'s' if first['threads'] != 1 else ''}"
+    variables = sorted({f", {k}={v}" for line in lines for k, v in line.get("environment", {}).items()})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    where = f"{first['device']}, {threads}, {first['dtype']}, {malloc_words(first['malloc'])}, {when}; "
+    where = (
+        f"{first['device']}, {threads}, {first['dtype']}, {malloc_words(first['malloc'])}{''.join(variables)}, {when}; "
+    )
     parts = [
         where + ", ".join(packages) + ".",
         "Milliseconds a call, median; the fastest that is right in bold:",

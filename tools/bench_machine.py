@@ -12,6 +12,8 @@ from typing import Any
 from hasten.errors import UsageError
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers")
+ENVIRONMENT = ("DNNL_", "GOMP_", "HASTEN_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "ORT_", "OV_", "TORCHINDUCTOR_")
+"""How variables begin that the libraries read, paths excepted. Workers get them, but for the numbers of threads."""
 
 
 def cores() -> list[int] | int:
@@ -31,8 +33,8 @@ def pinned(threads: int | None) -> tuple[int, tuple[int, ...] | None]:
     wanted = threads or count
     if wanted > count:
         raise UsageError(
-            f"--threads is {wanted} and this process may use {count} processor{'s' if count != 1 else ''}; more threads "
-            "than processors would wait for each other"
+            f"--threads is {wanted} and this process may use {count} processor{'s' if count != 1 else ''}; more "
+            "threads than processors would wait for each other"
         )
     return wanted, None if isinstance(found, int) else tuple(found[:wanted])
 
@@ -57,15 +59,25 @@ def versions() -> dict[str, str]:
     import hasten
 
     found = {"hasten": hasten.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | {package: number for package in PACKAGES if (number := _version(package))}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def conditions() -> dict[str, Any]:
-    """What a row says of the time it was made: date, and the load of the machine before."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "load": load}
+    """What a row says of the time it was made: date, load of the machine before, and variables that change times."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "load": load(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT) and os.sep not in v},
+    }
+
+
+def load() -> float | None:
+    """How many processes wanted to run in the last minute, on average; None where nobody says."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

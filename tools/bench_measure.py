@@ -7,14 +7,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hasten.tools.bench_contender import Contender, Settings
 from hasten.tools.bench_error import relative_error
 from hasten.tools.bench_implementations import IMPLEMENTATIONS, REFERENCES, Implementation
 from hasten.tools.bench_memory import available_bytes
-from hasten.tools.bench_process import WorkerError, WorkerProcess
+from hasten.tools.bench_process import WorkerError
 from hasten.tools.bench_row import FAILED, WRONG, Row, compare
 from hasten.tools.bench_works import Work
 
@@ -29,75 +30,6 @@ LEAST = 3
 """Rounds, however long they take."""
 
 Tell = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for every work of a run. ``rtol`` bounds the relative error, ``timeout`` one answer of a worker."""
-
-    threads: int
-    cpus: tuple[int, ...] | None
-    rounds: int
-    warmup: int
-    max_seconds: float
-    timeout: float
-    rtol: float
-    seed: int = 0
-    dtype: str = "float32"
-    malloc: str = "keep"
-    baseline: str | None = None
-
-
-class Contender:
-    """A row, and the process that fills it."""
-
-    def __init__(self, work: Work, implementation: Implementation, settings: Settings, folder: Path) -> None:
-        self.row = Row(work.word, implementation)
-        self.outputs: list[str] = []
-        self._work, self._settings, self._folder = work, settings, folder
-        self._process: WorkerProcess | None = None
-
-    def prepare(self) -> None:
-        """Build where there is something to build, open, call once; the process stays."""
-        made = self.row.implementation
-        self._folder.mkdir()
-        started = time.perf_counter()
-        if made.build is not None:
-            self._start()
-            self.row.grow(self._make("build", made.build, made.build_options)["peak_bytes"])
-            self.close()
-        self._start()
-        answer = self._make("prepare", made.open, made.open_options)
-        self.row.grow(answer["peak_bytes"])
-        self.row.prepare_seconds = time.perf_counter() - started
-        self.outputs = answer["outputs"]
-
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """One request to the process."""
-        assert self._process is not None
-        return self._process.ask({"do": do, **request}, self._settings.timeout)
-
-    def close(self) -> None:
-        """Release the process; nothing where there is none."""
-        if self._process is not None:
-            self._process.close()
-            self._process = None
-
-    def _start(self) -> None:
-        s = self._settings
-        self._process = WorkerProcess(self._folder, threads=s.threads, cpus=s.cpus, malloc=s.malloc)
-
-    def _make(self, do: str, function: str, options: Any) -> dict[str, Any]:
-        subject = {
-            "word": self._work.word,
-            "weights": None if self._work.weights is None else str(self._work.weights),
-            "seed": self._settings.seed,
-            "dtype": self._settings.dtype,
-            "device": self.row.implementation.device,
-            "threads": self._settings.threads,
-        }
-        folder = str(self._folder)
-        return self.ask(do, function=function, subject=subject, folder=folder, options=dict(options))
 
 
 def measure(work: Work, implementations: Sequence[Implementation], settings: Settings, tell: Tell) -> list[Row]:
@@ -130,7 +62,7 @@ def _prepare(work: Work, contenders: Sequence[Contender], settings: Settings, fo
         if not asked:
             contender.close()
             failed += [contender.row] if contender.row.status == FAILED else []
-    needed = 0
+    needed = max((c.row.peak_build_bytes or 0 for c in contenders), default=0)
     for count, contender in enumerate(contenders):
         row = contender.row
         if row.name != REFERENCES[row.implementation.device]:
@@ -159,7 +91,9 @@ def _check(contender: Contender, wanted: list[str], rtol: float) -> None:
     row.error, reason = relative_error(wanted, contender.outputs)
     if reason or (row.error or 0.0) > rtol:
         row.status = WRONG
-        row.reason = reason or f"its outputs differ from {row.reference}'s by {row.error:.3g} of the norm, above {rtol:g}"
+        row.reason = (
+            reason or f"its outputs differ from {row.reference}'s by {row.error:.3g} of the norm, above {rtol:g}"
+        )
 
 
 def _time(contenders: Sequence[Contender], settings: Settings, tell: Tell) -> None:
@@ -167,7 +101,7 @@ def _time(contenders: Sequence[Contender], settings: Settings, tell: Tell) -> No
     estimates = {}
     for contender in contenders:
         asked = {"calls": settings.warmup, "enough": max(2.0, settings.max_seconds / 10)}
-        answer = _guarded(contender, lambda c=contender, a=asked: c.ask("warm", **a))
+        answer = _guarded(contender, partial(contender.ask, "warm", **asked))
         if answer is not None:
             estimates[contender.row.name] = min(answer["seconds"])
             contender.row.calls = max(1, math.ceil(SAMPLE / estimates[contender.row.name]))
@@ -181,11 +115,11 @@ def _time(contenders: Sequence[Contender], settings: Settings, tell: Tell) -> No
         for contender in in_turn([c for c in contenders if c.row.status != FAILED], turn):
             time.sleep(SETTLE)
             asked = {"calls": contender.row.calls, "untimed": untimed}
-            answer = _guarded(contender, lambda c=contender, a=asked: c.ask("run", **a))
+            answer = _guarded(contender, partial(contender.ask, "run", **asked))
             if answer is not None:
                 contender.row.samples.append(answer["seconds"])
     for contender in contenders:
-        if contender.row.status != FAILED and (answer := _guarded(contender, lambda c=contender: c.ask("memory"))):
+        if contender.row.status != FAILED and (answer := _guarded(contender, partial(contender.ask, "memory"))):
             contender.row.peak_bytes = answer["peak_bytes"]
             contender.row.device_peak_bytes = answer["device_peak_bytes"]
             contender.row.grow(answer["peak_bytes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from pathlib import Path
@@ -25,10 +26,8 @@ def peak_bytes() -> int | None:
 def reset_peak() -> bool:
     """Give free memory back and let the peak start again from what is resident; False where that cannot be done."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(AttributeError, OSError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-        except (AttributeError, OSError):  # another C library
-            pass
     try:
         _RESET.write_text("5")
     except OSError:

@@ -12,6 +12,7 @@ from hasten.tools.files import replace
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _COLUMNS = 3
+_CONDITIONS = ("device", "threads", "dtype", "malloc")
 _OURS, _OTHERS, _WRONG = "#c2410c", "#94a3b8", "#e5e7eb"
 
 
@@ -25,21 +26,27 @@ def write(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     need("matplotlib", extra="bench")
     from matplotlib.figure import Figure
 
-    works = list(dict.fromkeys(line["work"] for line in lines if line["status"] != FAILED))
-    columns = min(_COLUMNS, max(1, len(works)))
-    count = -(-len(works) // columns) or 1
-    most = max((sum(line["work"] == work for line in lines) for work in works), default=1)
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["status"] != FAILED:
+            groups.setdefault(tuple(str(line[k]) for k in ("work", *_CONDITIONS)), []).append(line)
+    # what is the same in all panels stands in the title, once
+    differing = [i for i in range(1, len(_CONDITIONS) + 1) if len({key[i] for key in groups}) > 1]
+    columns = min(_COLUMNS, max(1, len(groups)))
+    count = max(1, -(-len(groups) // columns))
+    most = max(map(len, groups.values()), default=1)
     figure = Figure(figsize=(5.2 * columns, (0.9 + 0.27 * most) * count + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=9)
     panels = figure.subplots(count, columns, squeeze=False).flatten()
-    for panel in panels[len(works) :]:
+    for panel in panels[len(groups) :]:
         panel.set_visible(False)
-    for panel, work in zip(panels, works, strict=False):
-        _panel(panel, work, [line for line in lines if line["work"] == work and line["status"] != FAILED])
+    for panel, (key, group) in zip(panels, groups.items(), strict=False):
+        more = [f"{_CONDITIONS[i - 1]} {key[i]}" for i in differing]
+        _panel(panel, ", ".join([key[0], *more]), group)
     replace(path, lambda partial: figure.savefig(partial, dpi=150))
 
 
-def _panel(panel: Any, work: str, lines: Sequence[dict[str, Any]]) -> None:
+def _panel(panel: Any, title: str, lines: Sequence[dict[str, Any]]) -> None:
     names = [line["implementation"] + (" (wrong)" if line["status"] == WRONG else "") for line in lines]
     medians = [line["seconds"]["median"] * 1e3 for line in lines]
     whiskers = [
@@ -54,7 +61,7 @@ def _panel(panel: Any, work: str, lines: Sequence[dict[str, Any]]) -> None:
     panel.barh(places, medians, xerr=whiskers, color=colours, error_kw={"linewidth": 0.8, "capsize": 2})
     panel.set_yticks(places, names, fontsize=7)
     panel.invert_yaxis()
-    panel.set_title(work, fontsize=8, loc="left")
+    panel.set_title(title, fontsize=8, loc="left")
     panel.set_xlabel("ms a call", fontsize=7)
     panel.tick_params(axis="x", labelsize=7)
     panel.spines[["top", "right"]].set_visible(False)

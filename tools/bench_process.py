@@ -1,7 +1,8 @@
-"""The caller's side of `hasten.tools.bench_worker`: start it, ask it with a time limit, end it with all its children."""
+"""The caller's side of `hasten.tools.bench_worker`: start it, ask it within a time, end it with all its children."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -74,18 +75,14 @@ class WorkerProcess:
     def close(self) -> None:
         """End the process and whatever it started, and wait until its memory is free."""
         if hasattr(os, "killpg"):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._stderr):
-            try:
-                if stream is not None:
-                    stream.close()
-            except OSError:  # a request that was never read
-                pass
+        self._stderr.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a request that was never read
+            self._process.stdin.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -31,11 +31,13 @@ def compiled(
     import torch._inductor.config
 
     module, inputs = _ready(subject, channels_last)
-    if freezing:
+    options = None
+    if freezing and backend == "hasten":
+        options = {"freezing": True}
+    elif freezing:
         # Dynamo asks Inductor's global configuration whether weights become constants of the graph: as an option of
         # torch.compile alone, freezing reaches a graph that has its weights among its inputs, and freezes nothing.
         torch._inductor.config.freezing = True
-    options = {"freezing": True} if freezing and backend == "hasten" else None
     return _call(torch.compile(module, backend=backend, mode=mode, options=options, dynamic=False), inputs)
 
 

@@ -1,4 +1,4 @@
-"""What ``hasten bench`` times: a named model, or one layer written as a word. Neither torch nor a model is needed here."""
+"""What ``hasten bench`` times: a named model, or one layer, each written as a word."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 LIMIT = 1 << 24
 """Elements. A 4096 x 4096 causal mask is just looked at; a weight matrix is not."""
@@ -159,6 +159,17 @@ def _buffer(module: torch.nn.Module, target: str) -> torch.Tensor | None:
     if not isinstance(found, torch.Tensor) or isinstance(found, torch.nn.Parameter) or found.numel() > LIMIT:
         return None
     return found
+
+
+def held(module: torch.nn.Module, node: fx.Node) -> torch.Tensor | None:
+    """The parameter or buffer that ``node`` reads, on the CPU; None where it has no content, as under fake tensors."""
+    found: Any = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, torch.Tensor) or isinstance(found, FakeTensor) or found.is_meta:
+        return None
+    with unset_fake_temporarily():
+        return found.detach().cpu() if found.layout == torch.strided and not found.is_quantized else None
 
 
 def _like(node: fx.Node, name: str) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hasten.passes.fx.constants import held
 from hasten.passes.fx.view import FxView, call_name, fake
 from hasten.passes.pattern import Match
 
@@ -32,7 +33,10 @@ class SiteCheck:
 
     def __call__(self, view: FxView, old: fx.Node, new: fx.Node, found: Match[Any]) -> str | None:
         leaves = {n for new_node in view.fresh for n in new_node.all_input_nodes if n not in view.fresh}
-        before, after = _slice(old, leaves), _slice(new, leaves)
+        if new not in view.fresh:  # a value that was there before: what it holds is anything
+            before, after = _slice(old, {new}), [new]
+        else:
+            before, after = _slice(old, leaves), _slice(new, leaves)
         nodes = list(dict.fromkeys(before + after))
         if any(_elements(n) > LARGEST for n in nodes):
             self.unchecked += 1
@@ -110,11 +114,9 @@ def _run(module: fx.GraphModule, node: fx.Node, results: dict[fx.Node, Any], gen
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
     if node.op == "get_attr":
-        found: Any = module
-        for part in str(node.target).split("."):
-            found = getattr(found, part)
-        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
-            return found.detach()
+        found = held(module, node)
+        if found is not None:
+            return found
     return _random(fake(node), generator)
 
 

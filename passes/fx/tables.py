@@ -308,6 +308,30 @@ def _convolution(call: Call) -> OpView[Any] | None:
     return OpView(f"conv{rank}d", (*operands, call.value("bias")), attrs)
 
 
+def _linear(call: Call) -> OpView[Any] | None:
+    operands = _operands(call, "self", "weight")
+    return OpView("linear", (*operands, call.value("bias")), {"out_axis": 0}) if operands else None
+
+
+def _addmm(call: Call) -> OpView[Any] | None:
+    """A linear layer after decomposition: a bias, and the product with a transposed matrix."""
+    operands, bias = _operands(call, "mat1", "mat2", "self"), call.shape("self")
+    matrix = None if operands is None else call.view.op(operands[1])
+    if operands is None or matrix is None or matrix.name != "transpose" or bias is None or len(bias) != 1:
+        return None
+    if call.raw("alpha", 1) != 1 or call.raw("beta", 1) != 1:
+        return None
+    return OpView("linear", (operands[0], matrix.inputs[0], operands[2]), {"out_axis": 0})
+
+
+def _batch_norm(call: Call, index: int = 0) -> OpView[Any] | None:
+    operands, attrs = _operands(call, "self"), {"eps": call.raw("eps", 1e-5), "training": call.raw("training", False)}
+    if operands is None or index != 0 or not _numbers(attrs.values()):
+        return None
+    vectors = (call.value(name) for name in ("weight", "bias", "running_mean", "running_var"))
+    return OpView("batch_norm", (*operands, *vectors), attrs)
+
+
 def _upsample(call: Call) -> OpView[Any] | None:
     """Nearest upsampling by whole factors, told from the shapes before and after."""
     operands, before, after = _operands(call, "self"), call.view.sizes(call.raw("self")), call.view.sizes(call.node)
@@ -344,6 +368,7 @@ def _pad(call: Call) -> OpView[Any] | None:
 
 
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_BATCH_NORM = ("self", "weight", "bias", "running_mean", "running_var")
 _CONV = ("self", "weight", "bias", "stride", "padding", "dilation")
 
 READ: dict[str, Row] = {
@@ -379,8 +404,13 @@ READ: dict[str, Row] = {
     "getitem": Row(("self", "other"), _getitem),
     "where": Row(("condition", "self", "other"), _where),
     "masked_fill": Row(("self", "mask", "value"), _masked_fill),
-    "conv2d": Row((*_CONV, "groups"), _convolution),
+    **{f"conv{rank}d": Row((*_CONV, "groups"), _convolution) for rank in (1, 2, 3)},
     "convolution": Row((*_CONV, "transposed", "output_padding", "groups"), _convolution),
+    "linear": Row(("self", "weight", "bias"), _linear), "addmm": Row(("self", "mat1", "mat2"), _addmm),
+    "batch_norm": Row((*_BATCH_NORM, "training", "momentum", "eps"), _batch_norm),
+    "F.batch_norm": Row(
+        ("self", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm
+    ),
     "interpolate": Row(("self", "size", "scale_factor", "mode"), _upsample),
     "upsample_nearest2d": Row(("self",), _upsample), "_upsample_nearest_exact2d": Row(("self",), _upsample),
     "pad": Row(("self", "pad", "mode", "value"), _pad), "constant_pad_nd": Row(("self", "pad", "value"), _pad),
@@ -397,6 +427,9 @@ TUPLES: dict[str, TupleRow] = {
     "split_with_sizes": TupleRow(("self", "split_sizes", "dim"), _part),
     "tensor_split": TupleRow(("self", "indices_or_sections", "dim"), _part),
     "native_group_norm": TupleRow(("self", "weight", "bias", "N", "C", "HxW", "group", "eps"), _native_group_norm),
+    "_native_batch_norm_legit_no_training": TupleRow((*_BATCH_NORM, "momentum", "eps"), _batch_norm),
+    "native_batch_norm": TupleRow((*_BATCH_NORM, "training", "momentum", "eps"), _batch_norm),
+    "_native_batch_norm_legit": TupleRow((*_BATCH_NORM, "training", "momentum", "eps"), _batch_norm),
     "var_mean": TupleRow(("self", "dim", "correction", "keepdim"), _var_mean),
     "_scaled_dot_product_flash_attention_for_cpu": TupleRow(
         ("query", "key", "value", "dropout_p", "is_causal"), _native_sdpa

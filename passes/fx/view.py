@@ -62,6 +62,7 @@ def _dim(size: Any) -> Dim:
     return str(size.node.expr) if known is None else int(known)
 
 
+_VIEWS = ("identity", "reshape", "transpose", "expand", "part")
 _AUTOCAST = ("_enter_autocast", "_exit_autocast")
 
 
@@ -119,6 +120,17 @@ class FxView:
             self._constants[value] = constants.evaluate(self.module, value, call_name, self._written)
         return self._constants[value]
 
+    def weights(self, value: Value, /) -> npt.NDArray[Any] | None:
+        """Of exported graphs only: under a graph of Dynamo's the owner may exchange the module's weights."""
+        if not isinstance(value, fx.Node) or value.op != "get_attr" or "val" not in value.meta:
+            return None
+        if any(n.op == "get_attr" and n.target == value.target for n in self._written):
+            return None
+        tensor = constants.held(self.module, value)
+        if tensor is None:
+            return None
+        return np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+
     def shape(self, value: Value, /) -> tuple[Dim, ...] | None:
         if isinstance(value, Literal):
             return ()
@@ -159,6 +171,26 @@ class FxView:
                     return f"{node.name} ({call_name(node)}) stands between the parts of the pattern"
                 return f"{node.name} ({call_name(node)}) changes a tensor in place between the parts of the pattern"
         return None
+
+    def sharing(self, value: Value, source: Value, /) -> str | None:
+        behind = dict.fromkeys((value, source))
+        stack = [source]
+        while stack and self._written:
+            node = stack.pop()
+            read = node.all_input_nodes if self._may_be_view(node) else []
+            stack.extend(n for n in read if n not in behind)
+            behind.update(dict.fromkeys(read))
+        if (changed := next((n for n in behind if n in self._written), None)) is not None:
+            return f"{changed.name} is changed in place"
+        seen = any(self._may_be_view(user) for user in value.users)
+        if seen and (self._may_be_view(source) or self.uses(source) > 1):
+            return f"{value.name} may be returned, and would share its memory with {source.name}"
+        return None
+
+    def _may_be_view(self, node: fx.Node) -> bool:
+        """Whether a result may be a view of an operand, as inputs, outputs and unknown operators count as well."""
+        read = self.op(node)
+        return read is None or read.name in _VIEWS
 
     def where(self, value: Value, /) -> str:
         return value.name if isinstance(value, fx.Node) else str(value.number)
@@ -205,7 +237,9 @@ class FxView:
             yield torch._C._is_any_autocast_enabled()
 
     def emit_constant(self, content: npt.NDArray[Any], *, at: Value) -> Value:
-        return self.emit_buffer(torch.from_numpy(np.ascontiguousarray(content)), at=at, like=at)
+        tensor, result = torch.from_numpy(np.ascontiguousarray(content)), fake(at)
+        on = tensor.to(result.device) if isinstance(result, torch.Tensor) else tensor
+        return self.emit_buffer(on, at=at, like=at)
 
     def emit_buffer(self, tensor: torch.Tensor, *, at: fx.Node, like: fx.Node) -> fx.Node:
         """A new buffer of the module, read right before ``at``; its fake tensor is of ``like``'s kind."""

@@ -51,7 +51,8 @@ class WinogradConv2d:
 
 class _Job:
     def __init__(self, graph: FxGraph, context: Context) -> None:
-        self.context = context
+        self.graph, self.context = graph, context
+        self.device = context.target.partition(":")[2]
         self.limits: Limits = context.limits
         options = dict(context.options.get(NAME, {}))
         self.forced: str | None = options.pop("form", None)
@@ -74,6 +75,9 @@ class _Job:
                 layer = layer_at(view, node, torch.get_num_threads())
                 if layer is None or isinstance(layer, str):
                     self.refusals[node] = layer or "no convolution"
+                    continue
+                if layer.device != self.device:
+                    self.refusals[node] = f"it is computed on {layer.device}, and the target is {self.device}"
                     continue
                 candidates, why = select.candidates(layer, self.limits, forced=self.forced)
                 choice = _forced(layer, candidates, why) if self.forced else self.context.chooser(layer, candidates)
@@ -103,7 +107,20 @@ class _Job:
                 variant=partial(self._variant, number),
             )
             report += apply(rule, view, fuel=self.context.fuel, verify=self.context.verify)
+        self._drop_weights()
         return report
+
+    def _drop_weights(self) -> None:
+        """Let go of weights that are only kept transformed now."""
+        self.graph.clean()
+        for number, name, *_ in self.weights:
+            view = self.views[number]
+            if any(n.op == "get_attr" and n.target == name for n in view.graph.nodes):
+                continue
+            *path, last = name.split(".")
+            owner = view.module.get_submodule(".".join(path))
+            if hasattr(owner, last):
+                delattr(owner, last)
 
     def _variant(self, number: int, found: Match[Any]) -> str:
         return self.choices[number, found["conv"]].name

@@ -54,6 +54,16 @@ def _write_gelu(view: FxView, inputs: list[Any], attrs: Any) -> Written:
     return aten.gelu.default, (inputs[0],), {"approximate": attrs["approximate"]}
 
 
+def _write_conv(rank: int) -> Callable[[FxView, list[Any], Any], Written]:
+    def write(view: FxView, inputs: list[Any], attrs: Any) -> Written:
+        before, after = attrs["padding"][:rank], attrs["padding"][rank:]
+        assert before == after, "FX convolutions pad both sides alike"
+        where = [list(attrs["stride"]), list(before), list(attrs["dilation"])]
+        return getattr(aten, f"conv{rank}d").default, (*inputs, *where, attrs["groups"]), {}
+
+    return write
+
+
 _HASTEN = torch.ops.hasten
 
 WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
@@ -70,6 +80,8 @@ WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
     "gelu": _write_gelu,
     "add": _scalar_or_tensor("add"), "sub": _scalar_or_tensor("sub"), "mul": _scalar_or_tensor("mul"),
     "div": _scalar_or_tensor("div"),
+    "matmul": _plain(aten.matmul.default), "linear": _plain(aten.linear.default),
+    **{f"conv{rank}d": _write_conv(rank) for rank in (1, 2, 3)},
     "where": _write_where, "cast": _write_cast,
     "logical_not": _plain(aten.logical_not.default), "logical_and": _plain(aten.logical_and.default),
     "logical_or": _plain(aten.logical_or.default), "any": _plain(aten.any.dims, "axes", "keepdims"),

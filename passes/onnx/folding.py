@@ -135,16 +135,28 @@ def evaluate(view: OnnxView, value: str) -> npt.NDArray[Any] | None:
     return _compute(view, node, operands, value)
 
 
-def _content(tensor: Any) -> npt.NDArray[Any] | None:
-    if isinstance(tensor._values, gs.ir.tensor.SparseValues) or math.prod(tensor.shape) > LARGEST:
+def held(view: OnnxView, value: str) -> npt.NDArray[Any] | None:
+    """The content of an initializer or a Constant of any size; None for everything else."""
+    tensor = view.tensor(value)
+    if value in view.owner.overridable:
+        return None
+    if isinstance(tensor, gs.Constant):
+        return _content(tensor, math.inf)
+    node = tensor.inputs[0] if tensor.inputs else None
+    is_constant = node is not None and node.op == "Constant" and node.domain in (None, "", "ai.onnx")
+    return _constant_node(node, math.inf) if is_constant else None
+
+
+def _content(tensor: Any, largest: float = LARGEST) -> npt.NDArray[Any] | None:
+    if isinstance(tensor._values, gs.ir.tensor.SparseValues) or math.prod(tensor.shape) > largest:
         return None
     return np.asarray(tensor.values)
 
 
-def _constant_node(node: Any) -> npt.NDArray[Any] | None:
+def _constant_node(node: Any, largest: float = LARGEST) -> npt.NDArray[Any] | None:
     for attribute in node.template.attribute:
         if attribute.name == "value" and not attribute.ref_attr_name:
-            too_large = math.prod(attribute.t.dims) > LARGEST
+            too_large = math.prod(attribute.t.dims) > largest
             return None if too_large else np.asarray(onnx.numpy_helper.to_array(attribute.t))
         if attribute.ref_attr_name or attribute.name == "sparse_value":
             return None

@@ -78,6 +78,10 @@ class _Slice:
         fresh = list(self._upstream([self.roots[1]], lambda n: id(n) in self.owner.tentative))
         inner = {id(n) for n in fresh}
         self.leaves = {id(t) for n in fresh for t in n.inputs if not any(id(p) in inner for p in t.inputs)}
+        self.kept = self.roots[1] if not fresh else None
+        """The new value, where it was there before: what it holds is anything."""
+        self.as_they_are = any(_is_weight(t) and not self.owner.uses(t) for n in fresh for t in n.inputs)
+        """Whether the rule computed weights: these and what they come from cannot be drawn at random."""
         self.nodes = list(self._upstream(self.roots, self._inside))
         made = {id(t) for n in self.nodes for t in n.outputs}
         read = {id(t): t for n in self.nodes for t in n.inputs if t.name and id(t) not in made}
@@ -87,6 +91,8 @@ class _Slice:
 
     def _inside(self, node: Any) -> bool:
         if any(isinstance(v, gs.Graph) for v in node.attrs.values()):
+            return False
+        if any(t is self.kept for t in node.outputs):
             return False
         produces_leaf = any(id(t) in self.leaves for t in node.outputs)
         roots = any(t is r for t in node.outputs for r in self.roots)
@@ -130,7 +136,7 @@ class _Slice:
                 proto.overload = bodies.overload(proto, export.signature(node))
         inputs = []
         for tensor in self.outer:
-            content = _content(tensor)
+            content = None if _is_weight(tensor) and not self.as_they_are else _content(tensor)
             if content is None:
                 inputs.append(tensor)
                 model.graph.input.append(_info(tensor, number(tensor)))
@@ -155,10 +161,14 @@ def _vague(tensor: Any) -> bool:
 
 
 def _content(tensor: Any) -> npt.NDArray[Any] | None:
+    return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
+
+
+def _is_weight(tensor: Any) -> bool:
+    """Whether a constant is large enough to be drawn at random."""
     if not isinstance(tensor, gs.Constant):
-        return None
-    is_weight = math.prod(tensor.shape) >= WEIGHT and types.dtype_name(tensor) in TOLERANCE
-    return None if is_weight else np.asarray(tensor.values)
+        return False
+    return math.prod(tensor.shape) >= WEIGHT and types.dtype_name(tensor) in TOLERANCE
 
 
 def _info(tensor: Any, name: str) -> onnx.ValueInfoProto:

@@ -423,6 +423,25 @@ def _convolution(call: Call) -> OpView[str] | None:
     return OpView(f"conv{rank}d", (call.input(0), call.input(1), call.input(2)), attrs)
 
 
+def _gemm(call: Call) -> OpView[str] | None:
+    """A linear layer; its weight is stored either way."""
+    if call.attr("alpha", 1.0) != 1.0 or call.attr("beta", 1.0) != 1.0 or call.attr("transA", 0):
+        return None
+    bias, weight = call.shape(2), call.shape(1)
+    out_axis = 0 if call.attr("transB", 0) else 1
+    if call.input(2) is not None and (bias is None or weight is None or bias != (weight[out_axis],)):
+        return None
+    return OpView("linear", (call.input(0), call.input(1), call.input(2)), {"out_axis": out_axis})
+
+
+def _batch_norm(call: Call) -> OpView[str] | None:
+    if call.output != 0 or call.view.opset < 9:
+        return None
+    training = bool(call.attr("training_mode", 0)) or len(call.node.outputs) > 1
+    attrs = {"eps": call.attr("epsilon", 1e-5), "training": training}
+    return OpView("batch_norm", tuple(call.input(slot) for slot in range(5)), attrs)
+
+
 def _pad(call: Call) -> OpView[str] | None:
     """Pads as torch writes them: the last axis first, (before, after) pairs, untouched outer axes left out."""
     shape, (pads, readable) = call.shape(), call.listed("pads", 1)
@@ -468,7 +487,7 @@ _STANDARD: dict[str, Reader] = {
     "Reshape": _reshape, "Flatten": _same_shape("reshape"), "Squeeze": _same_shape("reshape"),
     "Unsqueeze": _same_shape("reshape"), "Expand": _same_shape("expand"), "Tile": _tile, "Transpose": _transpose,
     "Split": _split, "Slice": _slice,
-    "Resize": _resize, "Conv": _convolution, "Pad": _pad,
+    "Resize": _resize, "Conv": _convolution, "Pad": _pad, "Gemm": _gemm, "BatchNormalization": _batch_norm,
 }  # fmt: skip
 
 _CONTRIB: dict[str, Reader] = {"Gelu": _operands("gelu", 1), "FastGelu": _fast_gelu, "QuickGelu": _swish}

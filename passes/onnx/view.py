@@ -96,6 +96,9 @@ class OnnxView:
                     self._folded[last] = folding.evaluate(self, last)
         return self._folded[value]
 
+    def weights(self, value: str, /) -> npt.NDArray[Any] | None:
+        return folding.held(self, value)
+
     def shape(self, value: str, /) -> tuple[Dim, ...] | None:
         tensor = self._tensors[value]
         if tensor.shape is None:
@@ -114,6 +117,10 @@ class OnnxView:
 
     def obstacle(self, first: Iterable[str], root: str, /) -> str | None:
         """Nothing in ONNX changes a tensor in place."""
+        return None
+
+    def sharing(self, value: str, source: str, /) -> str | None:
+        """Nothing in ONNX can tell whose memory a value is in."""
         return None
 
     def where(self, value: str, /) -> str:

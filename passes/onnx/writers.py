@@ -85,12 +85,24 @@ def _write_any(view: OnnxView, inputs: list[Any], attrs: dict[str, Any], at: str
     return view.node_at("Cast", [largest], {"to": onnx.TensorProto.BOOL}, at=at)
 
 
+def _write_conv(view: OnnxView, inputs: list[Any], attrs: dict[str, Any], at: str) -> str:
+    names = {"strides": "stride", "pads": "padding", "dilations": "dilation"}
+    written = {onnx_name: list(attrs[name]) for onnx_name, name in names.items()}
+    return view.node_at("Conv", inputs, {**written, "group": attrs["groups"]}, at=at)
+
+
+def _write_linear(view: OnnxView, inputs: list[Any], attrs: dict[str, Any], at: str) -> str:
+    return view.node_at("Gemm", inputs, {"transB": int(attrs["out_axis"] == 0)}, at=at)
+
+
 WRITE: dict[str, Writer] = {
     "group_norm_act": _fused("GroupNormAct", "groups", "eps", "act"),
     "geglu": _fused("Geglu", "approximate", "gate_first"),
     "attention": _fused("Attention", "scale", "causal"),
     "upsample_conv2d": _fused("UpsampleConv2d"),
     "gelu": _write_gelu,
+    "conv1d": _write_conv, "conv2d": _write_conv, "conv3d": _write_conv, "linear": _write_linear,
+    "matmul": _plain("MatMul"),
     "add": _plain("Add"), "sub": _plain("Sub"), "mul": _plain("Mul"), "div": _plain("Div"),
     "where": _plain("Where"), "logical_not": _plain("Not"), "logical_and": _plain("And"), "logical_or": _plain("Or"),
     "any": _write_any, "cast": _write_cast, "transpose": _write_transpose,

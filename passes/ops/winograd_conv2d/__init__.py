@@ -45,7 +45,12 @@ def winograd_weight(weight: Tensor, tile: int, phases: bool = False) -> Tensor:
     """(K, C, 3, 3) -> (blocks, phases, t, t, C, block), transformed in float64, in ``weight``'s type."""
     _check_tile(tile, phases)
     block, lanes = _packing(weight.device.type, weight.dtype, weight.shape[0])
-    return pack(plain_weight(weight, tile, phases).to(weight.dtype), phases, block, lanes)
+    return pack(_plain(weight, tile, phases).to(weight.dtype), phases, block, lanes)
+
+
+def _plain(weight: Tensor, tile: int, phases: bool) -> Tensor:
+    """Float16 could not hold tiles of the plain transforms: those of the normalised ones are no larger than the map."""
+    return plain_weight(weight, tile, phases, normalised=weight.dtype == torch.float16)
 
 
 def _weight_fake(weight: Tensor, tile: int, phases: bool = False) -> Tensor:
@@ -148,7 +153,7 @@ def winograd_conv2d(
     shape = _output_shape(x, weight, outputs, tile, phases, padding, padding_mode)
     if 0 in shape or 0 in x.shape:
         return torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
-    plain = plain_weight(weight, tile, phases) if weight.ndim == 4 else unpack(weight, x.shape[1], outputs)
+    plain = _plain(weight, tile, phases) if weight.ndim == 4 else unpack(weight, x.shape[1], outputs)
     if x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16):
         from hasten.passes.ops.winograd_conv2d import triton  # Triton is needed on a GPU only
 
@@ -156,7 +161,18 @@ def winograd_conv2d(
             x, norm, act_in = cpu.padded(cpu.mapped(x, norm, act_in), padding, padding_mode), None, "none"
             padding = (0, 0, 0, 0)
         return triton.winograd_conv2d_triton(
-            x, plain.to(x.dtype), bias, norm, other, outputs, tile, phases, list(padding), act_in, act_out, workspace
+            x,
+            plain.to(x.dtype),
+            bias,
+            norm,
+            other,
+            outputs,
+            tile,
+            phases,
+            list(padding),
+            act_in,
+            act_out,
+            max(workspace, triton.WORKSPACE),
         )
     map_ = cpu.padded(cpu.mapped(x, norm, act_in), list(padding), padding_mode)
     y = cpu.winograd_conv2d(map_, plain, tile, phases, workspace)

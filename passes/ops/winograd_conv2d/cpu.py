@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.passes.ops.activations import activation
+from hasten.passes.ops.registry import statistics_dtype
 from hasten.passes.ops.winograd_conv2d.transforms import Matrix, transform
 
 
@@ -37,7 +38,9 @@ def winograd_conv2d(x: Tensor, u: Tensor, tile: int, phases: bool, workspace: in
 
     With ``phases``, x is the small map padded by one, and the result is that of the upsampled one.
     """
-    f = transform(tile, 2 if phases else 3)
+    dtype = x.dtype
+    f = transform(tile, 2 if phases else 3, normalised=dtype == torch.float16)
+    x = x.to(statistics_dtype(dtype))
     batch, channels, height, width = x.shape
     outputs = u.shape[2]
     rows, columns = height - 2, width - 2
@@ -60,7 +63,7 @@ def winograd_conv2d(x: Tensor, u: Tensor, tile: int, phases: bool, workspace: in
         strips.append(whole)
     scale = 2 if phases else 1
     y = torch.cat(strips, 1)[:, : rows * scale, : columns * scale]
-    return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return y.permute(0, 3, 1, 2).to(dtype, memory_format=torch.channels_last)
 
 
 def _strip(

@@ -88,6 +88,8 @@ def predicted(layer: Layer, f: Form | None, machine: Machine = MACHINE) -> float
     pixels = layer.batch * layer.height * layer.width
     reads, writes = pixels * layer.channels, pixels * scale**2 * layer.outputs
     threads = max(1, layer.threads)
+    if layer.device != "cpu":  # nothing here is known of a GPU: only a measurement may choose there
+        return 0.0 if f is None else math.inf
     if f is None:
         upsampled = reads * (1 + 2 * scale**2) if scale > 1 else reads  # written, then read again
         flops = 18 * pixels * scale**2 * layer.channels * layer.outputs

@@ -58,12 +58,12 @@ chunk of about 512 tiles is bound by arithmetic on an A100 or an H100; 256 MiB h
 
 
 @triton.jit
-def _combine(values, row: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The inner product of a row of constants with ``size`` values; zeros cost nothing."""
+def _combine(values, rows: tl.constexpr, i: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The inner product of ``size`` values and row i of ``rows``, one row after the other; zeros cost nothing."""
     total = 0.0
     for k in tl.static_range(size):
-        if row[k] != 0:
-            total += values[k] * row[k]
+        if rows[i * size + k] != 0:
+            total += values[k] * rows[i * size + k]
     return total
 
 
@@ -77,7 +77,7 @@ def _both_axes(  # type: ignore[no-untyped-def]
     top: tl.constexpr,
     left: tl.constexpr,
 ):
-    """``made`` x ``made`` values, rows first: R d R^T.
+    """``made`` x ``made`` values, one row after the other: R d R^T.
 
     R is ``rows``, d the ``size`` x ``size`` part at (``top``, ``left``) of values that lie ``width`` to a row.
     """
@@ -86,12 +86,12 @@ def _both_axes(  # type: ignore[no-untyped-def]
         for j in tl.static_range(size):
             column = ()
             for k in tl.static_range(size):
-                column += (values[(top + k) * width + left + j],)
-            half += (_combine(column, rows[i], size),)
+                column += (values[(top + k) * width + left + j],)  # type: ignore[assignment]
+            half += (_combine(column, rows, i, size),)  # type: ignore[assignment]
     whole = ()
     for i in tl.static_range(made):
         for j in tl.static_range(made):
-            whole += (_combine(half[i * size : i * size + size], rows[j], size),)
+            whole += (_combine(half[i * size : i * size + size], rows, j, size),)  # type: ignore[assignment]
     return whole
 
 
@@ -159,7 +159,7 @@ def _transform_input(  # type: ignore[no-untyped-def]
                 value = _silu(value)
             if has_norm:
                 value = tl.where(inside, value, 0.0)
-            values += (value,)
+            values += (value,)  # type: ignore[assignment]
     to = v_ptr + p.to(tl.int64)[:, None] * channels + c[None, :]
     plane = tl.cast(v_f, tl.int64)
     for a in tl.static_range(2 if phases else 1):
@@ -250,7 +250,7 @@ def _transform_output(  # type: ignore[no-untyped-def]
     plane = tl.cast(m_f, tl.int64)
     values = ()
     for f in tl.static_range(t * t):
-        values += (tl.load(source + f * plane, mask=use, other=0.0),)
+        values += (tl.load(source + f * plane, mask=use, other=0.0),)  # type: ignore[assignment]
     made = _both_axes(values, at, m, t, t, 0, 0)
     if has_bias:
         bias = tl.load(bias_ptr + k, mask=k < outputs, other=0.0).to(tl.float32)[None, :]
@@ -449,8 +449,13 @@ def _capacity(total: int, each: int, block: int, workspace: int) -> int:
 def _product(dtype: torch.dtype, tiles: int, channels: int, outputs: int) -> Product:
     """The blocks of the product, no larger than the layer: of the whole layer, so that chunks change no result."""
     most = PRODUCT[dtype]
-    sizes = zip(most[:3], (tiles, outputs, channels), strict=True)
-    return Product(*(min(block, max(16, triton.next_power_of_2(size))) for block, size in sizes), *most[3:])
+
+    def fit(block: int, size: int) -> int:
+        return min(block, max(16, int(triton.next_power_of_2(size))))
+
+    return most._replace(
+        tiles=fit(most.tiles, tiles), outputs=fit(most.outputs, outputs), channels=fit(most.channels, channels)
+    )
 
 
 def _transform_blocks(tile: int, channels: int) -> tuple[int, int]:
@@ -464,5 +469,6 @@ def _precision(x: Tensor) -> str:
     return "tf32x3" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
 
 
-def _constants(rows: Matrix) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(map(float, row)) for row in rows)
+def _constants(rows: Matrix) -> tuple[float, ...]:
+    """Row after row: not every version of Triton passes nested tuples of constants on from a kernel."""
+    return tuple(float(x) for row in rows for x in row)

@@ -131,7 +131,7 @@ def half_of_the_result_activated(x, w, b):
     return y
 
 
-@case(X, W, B, group_norm_act=1)
+@case(X, W, B, group_norm_act=1, fold_conv=1)
 def input_changed_before_the_item_is_taken(x, w, b):
     parts = torch.native_group_norm(x, w, b, 2, 8, 36, 4, 1e-5)
     x.add_(1)

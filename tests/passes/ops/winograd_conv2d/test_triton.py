@@ -103,18 +103,16 @@ def counted(*args, **kwargs):
     return made
 torch.empty = counted
 found["workspaces"] = []
-for dtype in (torch.float32, torch.float16):
-    for tile, phases in ((2, False), (4, False), (2, True)):
-        x = torch.randn(2, C, 13, 11).to(dtype)
-        each = (tile + (1 if phases else 2)) ** 2 * (4 if phases else 1) * (C * x.element_size() + K * 4)
-        results = []
-        for tiles in (1000, 17, 3, 1):
-            taken.append(0)
-            workspace = each * tiles + each // 2
-            results.append(conv(x, weight, tile, phases, bias=bias, norm=norm, act_in="silu", workspace=workspace))
-            found["workspaces"].append([taken[-1], workspace])
-        same = all(torch.equal(results[0], y) for y in results[1:])
-        found["same"][f"{dtype} {tile} {phases}"] = same
+for dtype, tile, phases in ((torch.float32, 2, False), (torch.float32, 2, True), (torch.float16, 4, False)):
+    x = torch.randn(2, C, 6, 5).to(dtype)
+    each = (tile + (1 if phases else 2)) ** 2 * (4 if phases else 1) * (C * x.element_size() + K * 4)
+    results = []
+    for tiles in (1000, 5, 2):
+        taken.append(0)
+        workspace = each * tiles + each // 2
+        results.append(conv(x, weight, tile, phases, bias=bias, norm=norm, act_in="silu", workspace=workspace))
+        found["workspaces"].append([taken[-1], workspace])
+    found["same"][f"{dtype} {tile} {phases}"] = all(torch.equal(results[0], y) for y in results[1:])
 found["empty"] = list(conv(torch.randn(0, C, 4, 4), weight, 4).shape)
 
 def refused(name, call):
@@ -218,12 +216,12 @@ def test_the_result_has_the_input_s_type_and_is_channels_last_and_finite(found):
 
 
 def test_strides_and_strips_change_no_bit(found):
-    assert len(found["same"]) == 7
+    assert len(found["same"]) == 4
     assert [name for name, same in found["same"].items() if not same] == []
 
 
 def test_transformed_tiles_stay_within_the_workspace(found):
-    assert len(found["workspaces"]) == 24
+    assert len(found["workspaces"]) == 9
     assert [pair for pair in found["workspaces"] if not 0 < pair[0] <= pair[1]] == []
 
 

@@ -1,0 +1,286 @@
+import gc
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hasten.errors import UsageError
+from hasten.passes.ops import winograd_conv2d as wino
+from hasten.passes.ops.native import build
+from hasten.passes.ops.winograd_conv2d.weights import plain_weight, unpack
+
+OP = torch.ops.hasten.winograd_conv2d
+SIZES = [(1, 1), (2, 3), (5, 7), (8, 8), (13, 30), (4, 150)]
+FORMS = [(2, False), (4, False), (6, False), (2, True), (4, True)]
+ROUNDING = {2: 6e-7, 4: 1.5e-6, 6: 6e-6}
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    assert build.load() is None, "the C++ kernels are not to be had on this machine"
+    torch.manual_seed(0)
+
+
+def tensors(batch=2, channels=20, outputs=40, height=8, width=8):
+    weight = torch.randn(outputs, channels, 3, 3) / math.sqrt(9 * channels)
+    return torch.randn(batch, channels, height, width), weight, torch.randn(outputs)
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+def kernel(x, weight, bias=None, norm=None, other=None, *, tile=4, phases=False, **more):
+    return OP(x, weight, bias, norm, other, weight.shape[0], tile, phases, **more)
+
+
+def operators(x, weight, bias=None, norm=None, other=None, *, tile=4, phases=False, **more):
+    return wino.winograd_conv2d(x, weight, bias, norm, other, weight.shape[0], tile, phases, **more)
+
+
+BOTH = pytest.mark.parametrize("form", [kernel, operators], ids=["kernel", "operators"])
+
+
+@BOTH
+@pytest.mark.parametrize(("tile", "phases"), FORMS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_sizes(form, tile, phases, height, width):
+    x, weight, bias = tensors(height=height, width=width)
+    y = form(x, weight, bias, tile=tile, phases=phases)
+    want = wino.reference(x, weight, bias, phases=phases)
+    assert y.shape == want.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert error(y, want) < ROUNDING[tile]
+
+
+@BOTH
+@pytest.mark.parametrize("channels", [1, 3, 16, 33, 200])
+@pytest.mark.parametrize("outputs", [1, 3, 32, 40])
+def test_any_number_of_channels(form, channels, outputs):
+    x, weight, bias = tensors(channels=channels, outputs=outputs, height=6, width=9)
+    assert error(form(x, weight, bias), wino.reference(x, weight, bias)) < ROUNDING[4]
+
+
+@BOTH
+@pytest.mark.parametrize("mode", wino.MODES)
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 0, 0, 0), (0, 2, 1, 0), (2, 2, 2, 2)])
+def test_padding(form, mode, padding):
+    x, weight, bias = tensors(height=7, width=9)
+    y = form(x, weight, bias, padding=padding, padding_mode=mode)
+    want = wino.reference(x, weight, bias, padding=padding, padding_mode=mode)
+    assert y.shape == want.shape
+    assert error(y, want) < ROUNDING[4]
+
+
+@BOTH
+@pytest.mark.parametrize(("tile", "phases"), [(4, False), (4, True)])
+def test_everything_around_it_in_one_pass(form, tile, phases):
+    """The border is zero after the activation, not the activation of the shift."""
+    x, weight, bias = tensors(height=5, width=6)
+    norm = torch.randn(3, 2, 20)
+    size = (10, 12) if phases else (5, 6)
+    others = (None, torch.randn(2, 40, 1, 1), torch.randn(1, 40, 1, 1), torch.randn(2, 40, *size))
+    for other in (*others, others[-1].to(memory_format=torch.channels_last)):
+        for act_in, act_out in (("silu", "none"), ("none", "silu"), ("silu", "silu")):
+            more = {"phases": phases, "act_in": act_in, "act_out": act_out}
+            y = form(x, weight, bias, norm, other, tile=tile, **more)
+            assert error(y, wino.reference(x, weight, bias, norm, other, **more)) < ROUNDING[tile]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.cat([x, x], 1)[:, 20:],
+        lambda x: F.pad(x, (3, 1, 2, 2))[:, :, 2:-2, 3:-1],
+    ],
+    ids=["contiguous", "channels-last", "transposed", "channel slice", "cut out"],
+)
+def test_memory_layouts(layout):
+    x, weight, bias = tensors(height=9, width=11)
+    assert torch.equal(kernel(layout(x), weight, bias), kernel(x, weight, bias))
+
+
+@BOTH
+def test_strips_and_threads_give_the_same_bits(form):
+    """How tiles are shared out among chunks and threads changes nothing of any tile."""
+    x, weight, bias = tensors(channels=32, height=40, width=37)
+    whole = form(x, weight, bias, workspace=1 << 30)
+    assert torch.equal(form(x, weight, bias, workspace=1), whole)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(form(x, weight, bias), form(x, weight, bias, workspace=1))
+            if form is kernel:
+                assert torch.equal(form(x, weight, bias), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("tile", "phases"), FORMS)
+def test_weights_are_transformed_in_float64(tile, phases):
+    _, weight, _ = tensors(channels=21, outputs=37)
+    made = torch.ops.hasten.winograd_weight(weight, tile, phases)
+    exact = plain_weight(weight, tile, phases)
+    assert ((unpack(made, 21, 37) - exact).abs() <= 2.0**-24 * exact.abs() * (1 + 1e-6)).all()  # rounded once
+    assert made.shape == torch.ops.hasten.winograd_weight(weight.to("meta"), tile, phases).shape
+
+
+@pytest.mark.parametrize(("tile", "phases"), FORMS)
+def test_transformed_weights_give_the_same_bits(tile, phases):
+    x, weight, bias = tensors()
+    made = torch.ops.hasten.winograd_weight(weight, tile, phases)
+    assert torch.equal(
+        OP(x, made, bias, None, None, 40, tile, phases), OP(x, weight, bias, None, None, 40, tile, phases)
+    )
+
+
+def test_changed_weights_are_transformed_again():
+    x, weight, bias = tensors()
+    first = kernel(x, weight, bias)
+    weight.mul_(2)  # the version counter tells
+    assert error(kernel(x, weight, bias), wino.reference(x, weight, bias)) < ROUNDING[4]
+    weight.data.mul_(0.5)  # it does not: a sample of the numbers does
+    assert torch.equal(kernel(x, weight, bias), first)
+    weight.data = torch.randn_like(weight)
+    assert error(kernel(x, weight, bias), wino.reference(x, weight, bias)) < ROUNDING[4]
+
+
+def test_weights_in_a_memory_that_was_freed():
+    x, _, bias = tensors()
+    for _ in range(20):  # the allocator hands out the same address again and again
+        weight = torch.randn(40, 20, 3, 3)
+        assert error(kernel(x, weight, bias), wino.reference(x, weight, bias)) < ROUNDING[4]
+        del weight
+        gc.collect()
+
+
+def test_two_convolutions_share_a_weight():
+    x, weight, bias = tensors()
+    small, large = kernel(x, weight, bias, tile=2), kernel(x, weight, bias, tile=4)
+    assert torch.equal(kernel(x, weight, bias, tile=2), small)
+    assert torch.equal(kernel(x, weight, bias, tile=4), large)
+
+
+def test_empty_batches_and_maps():
+    x, weight, bias = tensors()
+    for form in (kernel, operators):
+        assert form(x[:0], weight, bias).shape == (0, 40, 8, 8)
+        assert form(x[:, :, :0], weight, bias, padding=(1, 1, 1, 1)).shape == (2, 40, 0, 8)
+
+
+def test_a_large_offset_stays_within_the_bound_of_the_operands():
+    """With a kernel that sums to zero the relative error is unbounded; that of the operands' product is not."""
+    x, weight, _ = tensors(channels=64)
+    x, weight = x + 1000, weight - weight.mean((2, 3), keepdim=True)
+    off = (kernel(x, weight).double() - wino.reference(x, weight)).abs().max()
+    assert off < 1e-5 * x.abs().max() * weight.abs().sum((1, 2, 3)).max()
+
+
+def test_nan_and_infinity_reach_at_least_what_they_reach_directly():
+    x, weight, bias = tensors(height=12, width=12)
+    x[0, 3, 5, 5], x[1, 2, 0, 11] = math.nan, math.inf
+    direct, y = F.conv2d(x, weight, bias, padding=1), kernel(x, weight, bias)
+    assert not y[~direct.isfinite()].isfinite().any()
+    assert y[0, :, 8:].isfinite().all()  # and not beyond their tiles
+
+
+def test_results_are_not_overwritten_by_later_calls():
+    x, weight, bias = tensors(batch=1, channels=32, outputs=64, height=96, width=96)  # kept memory begins at 1 MiB
+    first = kernel(x, weight, bias)
+    copy = first.clone()
+    for _ in range(3):
+        kernel(x + 1, weight, bias)
+    assert torch.equal(first, copy)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tile", "channels"), [(torch.float32, 4, 512), (torch.float32, 2, 128), (torch.float32, 6, 128)]
+)
+def test_error_is_as_expected(dtype, tile, channels):
+    from hasten.passes.ops.winograd_conv2d.transforms import transform
+
+    x = F.silu(torch.randn(1, channels, 24, 24))
+    weight = torch.randn(64, channels, 3, 3) / math.sqrt(9 * channels)
+    got = error(kernel(x, weight, tile=tile), wino.reference(x, weight))
+    assert got == pytest.approx(transform(tile, 3).expected_error("float32", channels), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tile": 3}, "winograd_conv2d: no tile of 3 for a 3x3 convolution; tiles: 2, 4, 6"),
+        (
+            {"tile": 6, "phases": True},
+            "winograd_conv2d: no tile of 6 for the phases of an upsampled map; tiles: 2, 4",
+        ),
+        ({"padding": (1, 1)}, "winograd_conv2d: padding is [1, 1]; give [top, left, bottom, right]"),
+        (
+            {"padding_mode": "wrap"},
+            "winograd_conv2d: padding_mode 'wrap' is none of zeros, reflect, replicate, circular",
+        ),
+        ({"act_in": "gelu"}, "winograd_conv2d: no activation 'gelu'; give 'none' or 'silu'"),
+        (
+            {"phases": True, "padding": (0, 0, 0, 0)},
+            "winograd_conv2d: an upsampled map is padded by one row of zeros on each side",
+        ),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    x, weight, _ = tensors()
+    with pytest.raises(UsageError) as caught:
+        kernel(x.to("meta"), weight.to("meta"), **arguments)
+    assert str(caught.value) == message
+
+
+def test_shapes_are_checked():
+    x, weight, _ = tensors()
+    for given, message in (
+        ((x[0], weight), "winograd_conv2d: the input has shape (20, 8, 8); give (batch, channels, height, width)"),
+        ((x, weight[:, :7]), "winograd_conv2d: 20 channels come in, and the weight has 7"),
+        ((x, weight[..., :2]), "winograd_conv2d: the weight has shape (40, 20, 3, 2); give (40, 20, 3, 3)"),
+        ((x, weight[0]), "winograd_conv2d: the weight has 3 axes; give (outputs, channels, 3, 3)"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            OP(*(t.to("meta") for t in given), None, None, None, 40, 4)
+        assert str(caught.value) == message
+    with pytest.raises(RuntimeError, match="must be float32 on the CPU"):
+        kernel(x.double(), weight.double())
+
+
+def test_compiled_with_inductor():
+    x, weight, bias = tensors()
+    norm = torch.randn(3, 2, 20)
+
+    def model(x, weight, bias, norm):
+        return F.gelu(kernel(F.relu(x), weight, bias, norm, act_in="silu")) + 1
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True)(x, weight, bias, norm)
+        assert torch.allclose(got, model(x, weight, bias, norm), atol=1e-5)
+
+
+def test_declared_as_torch_wants_it():
+    x, weight, bias = tensors()
+    arguments = (x, weight, bias, torch.randn(3, 2, 20), torch.randn(2, 40, 1, 1), 40, 4)
+    torch.library.opcheck(OP.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.hasten.winograd_weight.default, (weight, 4), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float16, 3e-3), (torch.float64, 1e-13)])
+def test_other_types_take_the_operators(dtype, allowed):
+    x, weight, bias = (t.to(dtype) for t in tensors(height=9, width=6))
+    x *= 600 if dtype == torch.float16 else 1  # tiles of the plain transforms would overflow
+    weight /= 600 if dtype == torch.float16 else 1
+    y = operators(x, weight, bias)
+    assert y.dtype == dtype
+    assert error(y, wino.reference(x, weight, bias)) < allowed
+    made = wino.winograd_weight(weight, 4)
+    assert error(wino.winograd_conv2d(x, made, bias, None, None, 40, 4), wino.reference(x, weight, bias)) < allowed
