@@ -11,14 +11,15 @@ from hasten.errors import UsageError, nearest
 from hasten.passes.choice import DEFAULT_MAX_ERROR, Chooser, Limits
 
 MODES = ("off", "cached", "on")
+"""``off``: the roofline model chooses. ``cached``: what was measured, else the roofline model. ``on``: what is missing
+is measured and kept."""
 
 
 @dataclass(frozen=True)
 class Choosing:
     """How implementations are chosen.
 
-    ``tune``: ``off``, the roofline model; ``cached``, what `hasten tune` measured, else the model; ``on``, what is
-    missing is measured and kept. ``memory_budget``: bytes for transformed weights and the largest workspace.
+    ``tune`` is one of `MODES`. ``memory_budget``: bytes for transformed weights and the largest workspace.
     ``max_error``: relative rms error against float64 that the whole model may have, and each layer is expected to
     have. ``strict_nan``: no implementation that spreads NaN and infinity further. ``half``: such implementations in
     float16 too.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+from hasten.backends.choosing import MODES
 from hasten.backends.tuning_file import Measurement
 from hasten.backends.tuning_measure import ROUNDS, Runners, measure
 from hasten.backends.tuning_store import Store
@@ -19,9 +20,6 @@ __all__ = ["MARGIN", "MODES", "Store", "TunedChooser", "fastest_measured", "meas
 
 logger = logging.getLogger(__name__)
 
-MODES = ("off", "cached", "on")
-"""``off``: the roofline model chooses. ``cached``: what was measured, else the roofline model. ``on``: what is missing
-is measured and kept."""
 MARGIN = 0.03
 """Part of the library's own time that another implementation must save to be taken: about what repeated runs differ."""
 

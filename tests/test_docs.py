@@ -16,7 +16,7 @@ from hasten.passes import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages(hasten.__path__, "hasten."))
-NEEDS_A_GPU_PACKAGE = {"hasten.passes.ops.group_norm_act.triton", "hasten.passes.ops.geglu.triton"}
+NEEDS_A_GPU_PACKAGE = {f"hasten.passes.ops.{op}.triton" for op in ("group_norm_act", "geglu", "winograd_conv2d")}
 
 
 def test_modules_are_found() -> None:

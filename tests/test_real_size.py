@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import hasten
+from hasten.backends.choosing import Choosing
 from hasten.models import registry
 
 pytestmark = pytest.mark.slow
@@ -27,3 +29,16 @@ def test_sd15_unet_on_tensorrt_rtx(tmp_path: Path) -> None:
     assert counts["SiluGnor"] == 45
     assert counts["Gnor"] == 16
     assert engine.manifest.audit["stream_capturable"]
+
+
+def test_sd15_vae_decoder_is_as_exact_as_eager() -> None:
+    """31 of its 33 3x3 convolutions are Winograd's, and the error against float64 is at most 1e-5."""
+    adapter = registry.get("sd15-vae-decoder")
+    inputs = {"latent": torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        _, report = hasten.optimize(
+            adapter.module(), example_kwargs=inputs, target="aoti:cpu", choosing=Choosing(tune="off", max_error=1e-5)
+        )
+    assert report["winograd-conv2d"].hits == 31
+    assert report.error is not None
+    assert report.error <= 1e-5

@@ -31,14 +31,11 @@ def compiled(
     import torch._inductor.config
 
     module, inputs = _ready(subject, channels_last)
-    options = None
-    if freezing and backend == "hasten":
-        options = {"freezing": True}
-    elif freezing:
+    if freezing:
         # Dynamo asks Inductor's global configuration whether weights become constants of the graph: as an option of
         # torch.compile alone, freezing reaches a graph that has its weights among its inputs, and freezes nothing.
         torch._inductor.config.freezing = True
-    return _call(torch.compile(module, backend=backend, mode=mode, options=options, dynamic=False), inputs)
+    return _call(torch.compile(module, backend=backend, mode=mode, dynamic=False), inputs)
 
 
 def _ready(subject: Subject, channels_last: bool) -> tuple[Any, dict[str, Any]]:

@@ -32,8 +32,6 @@ EXAMPLES = (
     "hasten build unet.onnx --target onnxruntime:cpu --shapes sample:2x4x64x64 -o engines/unet",
     "hasten build sd15-unet --reduced --target tensorrt-rtx:sm89,sm120 --dtype float16 -o engines/sd15",
 )
-LAYERS = 12
-"""Layers whose implementation is shown without -v."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.show(heading(found), "", rules_table(report))
     if (missed := misses_table(report, everything=console.verbosity > 0)) is not None:
         console.show("", missed)
-    if (chosen := choices_table(report, limit=None if console.verbosity > 0 else LAYERS)) is not None:
+    if (chosen := choices_table(report, everything=console.verbosity > 0)) is not None:
         console.show("", chosen)
     for note in report.notes:
         console.show(f"note: {note}")

@@ -64,7 +64,7 @@ def _show(found: Findings, console: Console) -> None:
     console.show(heading(found), "", rules_table(report, found.expected))
     if (missed := misses_table(report, everything=everything)) is not None:
         console.show("", missed)
-    if (chosen := choices_table(report, limit=None if everything else OPERATORS)) is not None:
+    if (chosen := choices_table(report, everything=everything)) is not None:
         console.show("", chosen)
     console.show("", operators_table(found, limit=None if everything else OPERATORS))
     for note in report.notes:

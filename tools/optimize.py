@@ -10,7 +10,7 @@ from hasten.errors import UsageError
 from hasten.tools.arguments import DTYPES, choice_options, one_of, passes, rule_options, source_options, target
 from hasten.tools.console import Console
 from hasten.tools.files import check_folder, check_output, replace
-from hasten.tools.report import heading, misses_table, rules_table
+from hasten.tools.report import choices_table, heading, misses_table, rules_table
 from hasten.tools.source import ONNX, Source, program_inputs, resolve
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.show(heading(found), "", rules_table(found.report, found.expected))
     if (missed := misses_table(found.report, everything=console.verbosity > 0)) is not None:
         console.show("", missed)
+    if (chosen := choices_table(found.report, everything=console.verbosity > 0)) is not None:
+        console.show("", chosen)
     found.report.expect(args.expect)
     with console.progress(f"writing {args.output}"):
         if is_onnx:

@@ -14,7 +14,7 @@ from hasten.passes.cost import Cost, total
 from hasten.passes.rule import RuleReport
 from hasten.tools.console import duration, quantity
 from hasten.tools.files import replace_text
-from hasten.tools.report import Findings
+from hasten.tools.report import CHOICES, Findings, choice_rows
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #4a90d9; --soft: #8881; }
@@ -76,6 +76,9 @@ def render(found: Findings) -> str:
         "<h2>Operators</h2>",
         _operators(found),
     ]
+    if rows := choice_rows(report):
+        columns = [f"#{c[1:]}" if c.startswith(">") else c for c in CHOICES]
+        body += ["<h2>Implementations</h2>", _table(columns, rows)]
     if report.notes:
         body += ["<h2>Notes</h2>", "<ul>", *(f"<li>{escape(n)}</li>" for n in report.notes), "</ul>"]
     return "\n".join(

@@ -124,27 +124,45 @@ def heading(found: Findings) -> str:
     return "\n".join(lines)
 
 
-def choices_table(report: Report, *, limit: int | None = None) -> RenderableType | None:
-    """Which implementation each layer got, equal layers on one line; None where nothing was chosen."""
-    if not report.choices:
-        return None
-    shown = table("layer", ">sites", "implementation", ">predicted", ">measured", ">weights", ">workspace", "why")
-    rows: dict[str, list[dict[str, Any]]] = {}
+CHOICES = ("layer", ">sites", "implementation", ">predicted", ">measured", ">weights", ">workspace", "why")
+"""Columns of `choice_rows`; ``>`` marks numbers."""
+LAYERS = 24
+"""Rows that are shown without -v."""
+
+
+def choice_rows(report: Report) -> list[tuple[str, ...]]:
+    """Which implementation each layer got, equal layers in one row."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for choice in report.choices:
-        rows.setdefault(f"{choice['layer']} {choice['implementation']} {choice['reason']}", []).append(choice)
-    for same in list(rows.values())[:limit]:
-        first, name = same[0], same[0]["implementation"]
+        alike.setdefault((choice["layer"], choice["implementation"], choice["reason"]), []).append(choice)
+    rows = []
+    for (layer, name, reason), same in alike.items():
+        first = same[0]
         measured = (first["measured_seconds"] or {}).get(name)
-        shown.add_row(
-            first["layer"].partition(", float")[0],
-            str(len(same)),
-            name,
-            duration(first["predicted_seconds"]),
-            duration(measured) if measured is not None else "",
-            quantity(first["weight_bytes"], "B") if first["weight_bytes"] else "",
-            quantity(first["workspace_bytes"], "B") if first["workspace_bytes"] else "",
-            first["reason"],
+        rows.append(
+            (
+                layer.partition(", float")[0],
+                str(len(same)),
+                name,
+                duration(first["predicted_seconds"]),
+                duration(measured) if measured is not None else "",
+                quantity(first["weight_bytes"], "B") if first["weight_bytes"] else "",
+                quantity(first["workspace_bytes"], "B") if first["workspace_bytes"] else "",
+                reason,
+            )
         )
-    if limit is not None and len(rows) > limit:
-        shown.add_row(f"… {len(rows) - limit} more", "", "", "", "", "", "", "-v shows them")
+    return rows
+
+
+def choices_table(report: Report, *, everything: bool = False) -> RenderableType | None:
+    """`choice_rows` for a terminal; None where nothing was chosen."""
+    rows = choice_rows(report)
+    if not rows:
+        return None
+    shown = table(*CHOICES)
+    left = rows if everything else rows[:LAYERS]
+    for row in left:
+        shown.add_row(*row)
+    if len(left) < len(rows):
+        shown.add_row(f"… {len(rows) - len(left)} more", *[""] * (len(CHOICES) - 2), "-v shows them")
     return shown

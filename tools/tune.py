@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.backends.layers import is_layer, layer_word, layers_of, parse_layer
 from hasten.errors import UsageError
 from hasten.tools.arguments import DTYPES, one_of, source_options, whole
+from hasten.tools.bench_machine import pinned
 from hasten.tools.console import Console, duration, quantity, table
 from hasten.tools.source import MODEL, PROGRAM, resolve
 
@@ -101,6 +102,8 @@ def _layers(args: argparse.Namespace, console: Console) -> list[Layer]:
         if not is_layer(word):
             kinds = (PROGRAM, MODEL)
             models.append(resolve(word, kinds=kinds, reduced=args.reduced, weights=args.weights))
+    if args.threads is not None:
+        pinned(args.threads)  # refuses more threads than processors
     threads = args.threads or _torch_threads()
     found += [parse_layer(word, threads=threads) for word in args.sources if is_layer(word)]
     for option, given in (("--reduced", args.reduced), ("--weights", args.weights), ("--dtype", args.dtype)):

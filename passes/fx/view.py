@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 
 from hasten.passes.fx import constants, tables, write
 from hasten.passes.fx.aliasing import written
@@ -245,6 +246,9 @@ class FxView:
         """A new buffer of the module, read right before ``at``; its fake tensor is of ``like``'s kind."""
         name = f"_hasten_constant_{sum(k.startswith('_hasten_constant_') for k, _ in self.module.named_buffers())}"
         self.module.register_buffer(name, tensor)
+        sources = getattr(self.module, "_param_name_to_source", None)
+        if sources is not None:  # a graph of Dynamo's: AOTAutograd asks where every tensor in it came from
+            sources[name] = ConstantSource(name)
         with self.graph.inserting_before(at):
             node = self.graph.get_attr(name)
         mode = getattr(fake(like), "fake_mode", None)

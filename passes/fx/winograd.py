@@ -18,9 +18,10 @@ from torch import fx
 
 from hasten.errors import UsageError, nearest
 from hasten.passes.choice import DIRECT, Candidate, Choice, Layer, Limits, within_budget
+from hasten.passes.fx import constants
 from hasten.passes.fx.graph import FxGraph
 from hasten.passes.fx.layers import layer_at
-from hasten.passes.fx.view import FxView
+from hasten.passes.fx.view import FxView, fake
 from hasten.passes.ops.native import build
 from hasten.passes.ops.winograd_conv2d import select
 from hasten.passes.pattern import GraphView, Match
@@ -159,26 +160,16 @@ class _Job:
 
     def _weight(self, view: FxView, weight: fx.Node, form: select.Form, number: int) -> fx.Node:
         """The transformed weights, where the graph holds the weights; the weights where they come in from outside."""
-        held = _held(view.module, weight)
+        held = constants.held(view.module, weight) if weight.op == "get_attr" else None
         if held is None:
             return weight
         key = (number, str(weight.target), form.tile, form.phases)
         if key not in self.weights:
             with torch.no_grad():
-                made = torch.ops.hasten.winograd_weight(held.detach(), form.tile, form.phases)
+                made = torch.ops.hasten.winograd_weight(held.to(fake(weight).device), form.tile, form.phases)
             first = next(n for n in view.graph.nodes if n.op not in ("placeholder", "get_attr"))
             self.weights[key] = view.emit_buffer(made, at=first, like=weight)
         return self.weights[key]
-
-
-def _held(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    if node.op != "get_attr":
-        return None
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    real = isinstance(found, torch.Tensor) and not isinstance(found, torch._subclasses.FakeTensor)
-    return found if real and not found.is_meta else None
 
 
 def _forced(layer: Layer, candidates: Sequence[Candidate], why: str) -> Choice:

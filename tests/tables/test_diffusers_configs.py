@@ -19,6 +19,8 @@ INDUCTOR = ("AutoencoderTiny", "TemporalTransformer")
 """Compiled for real without ``-m slow`` as well."""
 NO_RULE = ("LTX2VideoDiffusionDecoderModel",)
 """All its attention is flex_attention, which takes half a minute in eager: with ``-m slow``."""
+AS_INDUCTOR = ("ConsistencyDecoderVAE", "LTX2VideoDiffusionDecoderModel")
+"""The first draws noise, which Inductor draws otherwise than eager; flex_attention of the second fails to compile."""
 WRONG_IF_STRICT = ("CogVideoXTransformer", "ConsisIDTransformer")
 """Strict export succeeds, and computes something else: a table written with ``.data[...].copy_()`` is lost."""
 
@@ -40,6 +42,9 @@ def test_rewritten(name: str) -> None:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in INDUCTOR else pytest.mark.slow) for n in CONFIGS])
 def test_compiled(name: str) -> None:
     row = table.measure(name, CONFIGS[name], engine="inductor")
+    if name in AS_INDUCTOR:
+        assert row.verdict == "as Inductor"
+        return
     assert (row.verdict, row.reason) == ("ok", "")
     assert bool(row.hits) == (name not in NO_RULE)
 

@@ -175,3 +175,9 @@ def test_wrong_usage_is_one_line(hasten, cache, words, message):
     done = hasten("tune", *words)
     assert (done.code, done.out, done.err) == (2, "", f"hasten tune: {message}\n")
     assert not (cache / "tuning.json").exists()
+
+
+def test_more_threads_than_processors(hasten):
+    done = hasten("tune", "conv:64-64@32x32", "--threads", 4096)
+    assert done.code == 2
+    assert "--threads is 4096 and this process may use" in done.err

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <new>
 
 #include "group_norm.h"
 #include "pool.h"
@@ -152,7 +153,13 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optional& bi
   conv.silu_in = act_in == "silu", conv.silu_out = act_out == "silu";
   conv.threads = at::get_num_threads();
   conv.workspace = workspace;
-  hasten::winograd_conv2d(conv, tile, phases);
+  try {
+    hasten::winograd_conv2d(conv, tile, phases);
+  } catch (const std::bad_alloc&) {
+    TORCH_CHECK(false, "hasten::winograd_conv2d: there is no memory for a workspace of ",
+                hasten::winograd_workspace(conv, tile, phases), " bytes, for an input of ", x.sizes(),
+                "; give a smaller workspace, or keep the direct convolution (skip winograd-conv2d)");
+  }
   return y;
 }
 

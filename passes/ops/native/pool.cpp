@@ -3,13 +3,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/MemoryFormat.h>
+#include <c10/util/Exception.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <new>
 
 namespace hasten {
 namespace {
@@ -37,7 +37,7 @@ class Pool {
       if (p == nullptr) {
         while (!idle_.empty()) drop(idle_.begin());
         p = std::aligned_alloc(PAGE, *held);
-        if (p == nullptr) throw std::bad_alloc();
+        TORCH_CHECK(p != nullptr, "hasten: there is no memory for a result of ", bytes, " bytes");
       }
       madvise(p, *held, MADV_HUGEPAGE);
     }

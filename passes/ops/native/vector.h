@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace hasten {
 
@@ -57,6 +60,28 @@ static inline vf exp_v(vf x) {
   return p * scale;
 }
 
+// x / (1 + e^-x), to about two units in the last place.
+#if defined(__AVX512F__)
+// The division alone would take half of the time: an estimate of the reciprocal and one step of Newton's do not.
+static inline vf silu(vf x) {
+  const __m512 v = (__m512)x;
+  // NaN stays: the second operand wins.
+  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-88.f), _mm512_min_ps(_mm512_set1_ps(88.f), -v));
+  const __m512 n = _mm512_roundscale_ps(t * _mm512_set1_ps(1.44269504088896341f), 8);
+  __m512 r = t - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  __m512 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  const __m512 d = _mm512_scalef_ps(p, n) + 1.f;
+  const __m512 q = _mm512_rcp14_ps(d);
+  return (vf)(v * (q * (2.f - d * q)));
+}
+#else
 static inline vf silu(vf x) { return x / (exp_v(-x) + 1.f); }
+#endif
 
 }  // namespace hasten

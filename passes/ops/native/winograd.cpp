@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "vector.h"
@@ -61,6 +62,49 @@ long source(long i, long size, Padding padding) {
   }
   return i >= 0 && i < size ? i : -1;  // beyond what a whole tile needs
 }
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef float v16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+
+#if defined(__clang__) || __GNUC__ >= 12
+template <int S, int... K>
+v16 upper(v16 a, v16 b, std::integer_sequence<int, K...>) {
+  return __builtin_shufflevector(a, b, ((K & S) ? 16 + K - S : K)...);
+}
+template <int S, int... K>
+v16 lower(v16 a, v16 b, std::integer_sequence<int, K...>) {
+  return __builtin_shufflevector(a, b, ((K & S) ? 16 + K : K + S)...);
+}
+// Exchange blocks of S rows with blocks of S columns.
+template <int S>
+void exchange(v16* r) {
+  constexpr auto lanes = std::make_integer_sequence<int, 16>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if ((i & S) == 0) {
+      const v16 a = r[i], b = r[i + S];
+      r[i] = upper<S>(a, b, lanes);
+      r[i + S] = lower<S>(a, b, lanes);
+    }
+}
+// 16 rows of 16 floats, `step` apart, to 16 columns.
+void transpose(const float* from, long step, float* to) {
+  v16 r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = *reinterpret_cast<const v16_unaligned*>(from + i * step);
+  exchange<1>(r);
+  exchange<2>(r);
+  exchange<4>(r);
+  exchange<8>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) *reinterpret_cast<v16_unaligned*>(to + i * LANES) = r[i];
+}
+#else
+void transpose(const float* from, long step, float* to) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[j * LANES + i] = from[i * step + j];
+}
+#endif
 
 struct Segment {
   long n, ty, tx, tiles, first;  // first: index of its first tile in the chunk
@@ -122,10 +166,19 @@ void transform_input(const Conv& conv, const Plan& plan, const Segment& seg, lon
     for (int i = 0; i < W; ++i) {
       if (rows[i] == nullptr) continue;
       float* line = buffer + i * width * LANES;
-      for (long c = 0; c < LANES; ++c)
-        for (long j = 0; j < width; ++j)
+      for (long j = 0; j < width;) {
+        const bool whole = channels == LANES && conv.xs[3] == 1 && j + LANES <= width && column[j] >= 0 &&
+                           column[j + LANES - 1] == column[j] + LANES - 1;  // runs of pixels, as maps are
+        if (whole) {
+          transpose(rows[i] + column[j], conv.xs[1], line + j * LANES);
+          j += LANES;
+          continue;
+        }
+        for (long c = 0; c < LANES; ++c)
           line[j * LANES + c] =
               c < channels && column[j] >= 0 ? rows[i][c * conv.xs[1] + column[j] * conv.xs[3]] : 0.f;
+        ++j;
+      }
       rows[i] = line;
     }
     for (long j = 0; j < width; ++j) column[j] = column[j] < 0 ? -1 : j;

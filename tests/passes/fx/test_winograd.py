@@ -284,3 +284,12 @@ def test_export_of_a_cond_branch():
         assert report["winograd-conv2d"].hits == 1
         for flag in (torch.tensor(True), torch.tensor(False)):
             assert torch.allclose(module(flag, x), model(flag, x), atol=2e-5)
+
+
+def test_torch_compile_with_frozen_weights():
+    """Where Dynamo leaves the weights in the graph they are transformed while it is compiled."""
+    block, arguments = Block().eval(), inputs()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(block, backend="hasten", options={"passes": ALL}, fullgraph=True)
+        assert torch.allclose(compiled(*arguments), block(*arguments), atol=2e-5)
+    assert dynamo.reports[-1]["winograd-conv2d"].hits == 2

@@ -134,3 +134,15 @@ def test_declared_as_torch_wants_it(layout):
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(STATS.default, arguments, test_utils=utilities)
     torch.library.opcheck(APPLY.default, (x, STATS(*arguments), "silu"), test_utils=utilities)
+
+
+def test_silu_of_every_size():
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e30, -1e30, math.inf, math.nan])]).reshape(
+        1, 1, -1
+    )
+    y = APPLY(x, torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1), "silu")
+    want = torch.nn.functional.silu(x.double())
+    assert torch.equal(y.isnan(), want.isnan())
+    known = want.isfinite()
+    assert ((y - want).abs()[known] <= 4e-7 * want.abs()[known] + 1e-30).all()
+    assert y[0, 0, -2] == math.inf

@@ -1,5 +1,8 @@
 import gc
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -284,3 +287,37 @@ def test_other_types_take_the_operators(dtype, allowed):
     assert error(y, wino.reference(x, weight, bias)) < allowed
     made = wino.winograd_weight(weight, 4)
     assert error(wino.winograd_conv2d(x, made, bias, None, None, 40, 4), wino.reference(x, weight, bias)) < allowed
+
+
+def test_a_result_that_no_memory_holds():
+    x = torch.zeros(1).expand(1, 64, 1 << 20, 1 << 20)
+    with pytest.raises(RuntimeError, match=r"hasten: there is no memory for a result of 281474976710656 bytes"):
+        kernel(x, torch.zeros(64, 64, 3, 3))
+
+
+LITTLE_MEMORY = """
+import resource, torch
+from hasten.passes.ops.native import build
+import hasten.passes.ops
+assert build.load() is None
+torch.set_num_threads(1)
+x, u = torch.zeros(1, 2048, 64, 64), torch.ops.hasten.winograd_weight(torch.zeros(1, 2048, 3, 3), 4)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20), -1))
+try:
+    torch.ops.hasten.winograd_conv2d(x, u, None, None, None, 1, 4, workspace=1 << 40)
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+print(torch.ops.hasten.winograd_conv2d(x, u, None, None, None, 1, 4, workspace=1).shape)
+"""
+
+
+def test_a_workspace_that_no_memory_holds():
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=True)
+    said, shape = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"hasten::winograd_conv2d: there is no memory for a workspace of \d+ bytes, for an input of \[1, 2048, 64, 64\]; "
+        r"give a smaller workspace, or keep the direct convolution \(skip winograd-conv2d\)",
+        said,
+    )
+    assert shape == "torch.Size([1, 1, 64, 64])"
