@@ -70,6 +70,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _runtime("openvino", "openvino", packages=(("openvino", "openvino"),)),
         _compiled("hasten-inductor", backend="hasten"),
         _compiled("hasten-inductor-freezing", backend="hasten", freezing=True),
+        _compiled("hasten-inductor-freezing-channels-last", backend="hasten", freezing=True, channels_last=True),
         _engine("hasten-aoti", "aoti:cpu", compiles=True),
         _engine("hasten-onnxruntime", "onnxruntime:cpu"),
         _eager("cuda-eager", "cuda"),

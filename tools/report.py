@@ -135,7 +135,7 @@ def choice_rows(report: Report) -> list[tuple[str, ...]]:
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for choice in report.choices:
         alike.setdefault((choice["layer"], choice["implementation"], choice["reason"]), []).append(choice)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (layer, name, reason), same in alike.items():
         first = same[0]
         measured = (first["measured_seconds"] or {}).get(name)

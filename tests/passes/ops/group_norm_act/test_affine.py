@@ -144,5 +144,5 @@ def test_silu_of_every_size():
     want = torch.nn.functional.silu(x.double())
     assert torch.equal(y.isnan(), want.isnan())
     known = want.isfinite()
-    assert ((y - want).abs()[known] <= 4e-7 * want.abs()[known] + 1e-30).all()
+    assert ((y - want).abs()[known] <= 4e-7 * want.abs()[known] + 1e-8).all()
     assert y[0, 0, -2] == math.inf

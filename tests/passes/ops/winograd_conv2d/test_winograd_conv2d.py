@@ -316,8 +316,9 @@ def test_a_workspace_that_no_memory_holds():
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=True)
     said, shape = done.stdout.splitlines()
     assert re.fullmatch(
-        r"hasten::winograd_conv2d: there is no memory for a workspace of \d+ bytes, for an input of \[1, 2048, 64, 64\]; "
-        r"give a smaller workspace, or keep the direct convolution \(skip winograd-conv2d\)",
+        r"hasten::winograd_conv2d: there is no memory for a workspace of \d+ bytes, "
+        r"for an input of \[1, 2048, 64, 64\]; give a smaller workspace, "
+        r"or keep the direct convolution \(skip winograd-conv2d\)",
         said,
     )
     assert shape == "torch.Size([1, 1, 64, 64])"
