@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from hasten.passes.pattern import GraphView, V
 
-SMALL = 1e3
-"""What a score and a mask of ordinary numbers stay below; fillers are -1e4 and beyond."""
 ABSORBS = 1e15
 """A filler beyond this leaves nothing of an ordinary number added to it, in float64 either."""
 
@@ -80,10 +78,6 @@ class Masks(Generic[V]):
         if len(self.conditions) > 1 and any(c.keeps_empty_rows(view) for c in self.conditions):
             where = view.where(self.conditions[0].value)
             return f"the mask {where} is one of several, and what a row without a key attends to depends on all of them"
-        hiding = next((value for value, _ in self.added if _may_hide(view, value)), None)
-        if hiding is not None and any(c.keeps_empty_rows(view) for c in self.conditions):
-            where = view.where(self.conditions[0].value)
-            return f"the mask {where} fills with a finite number, which wins where {view.where(hiding)} hides every key"
         return None
 
 
@@ -151,12 +145,6 @@ def _sum(view: GraphView[V], values: list[V], root: V) -> V | None:
     for value in values:
         total = value if total is None else view.emit("add", [total, value], {}, at=root)
     return total
-
-
-def _may_hide(view: GraphView[V], value: V) -> bool:
-    """Whether an added mask may push a score below a filler: unless it is known to be small."""
-    content = view.constant(value)
-    return content is None or not bool((np.abs(content) < SMALL).all())
 
 
 def _bias_allows(view: GraphView[V], value: V) -> npt.NDArray[np.bool_] | None:
