@@ -86,7 +86,7 @@ def test_manifest_of_an_aoti_engine(aoti_engine):
     assert manifest.report["target"] == "aoti:cpu"
     seconds = manifest.report["seconds"]
     assert manifest.seconds == pytest.approx(sum(seconds[s] for s in ("capture", "optimize", "compile")))
-    assert sorted(p.name for p in aoti_engine.path.iterdir()) == ["manifest.json", "model.pt2"]
+    assert sorted(p.name for p in aoti_engine.path.iterdir()) == ["hasten_native.so", "manifest.json", "model.pt2"]
 
 
 def test_an_engine_runs_in_another_process_and_from_another_place(aoti_engine, tmp_path):

@@ -82,7 +82,7 @@ def test_a_machine_without_kernels_is_told_that_it_is_in_vain(hasten, cache, mon
 
 
 def test_threads_are_part_of_the_layer(hasten, cache):
-    hasten("tune", "conv:64-64@8x8", "--threads", "3", "--rounds", "1")
+    hasten("tune", "conv:64-64@8x8,threads=3", "--rounds", "1")
     assert [layer.threads for layer in Store(native="abc").here()] == [3]
 
 
@@ -121,7 +121,8 @@ def test_show(hasten, cache):
     document = hasten("tune", "--show", "--json").json
     assert (document["file"], document["foreign"]) == (str(path), 1)
     assert document["layers"][0]["layer"] == SMALL
-    assert f"{path}: 1 layer timed on this machine, 1 of other machines or versions" in hasten("doctor").out
+    system = hasten("doctor", "--json").json["system"]
+    assert system["tuning"] == f"{path}: 1 layer timed on this machine, 1 of other machines or versions"
 
 
 def test_clear(hasten, cache):
