@@ -22,6 +22,7 @@ from hasten.backends.manifest import Manifest, write_manifest
 from hasten.backends.onnx_signature import Signature, check_dynamic, fix_shapes, rename, signature
 from hasten.backends.shapes import Profile, Shapes, check_profiles, evaluate, format_shape, parse_profiles
 from hasten.backends.source import Origin, kind_of, origin_of
+from hasten.backends.step_cache import Caching
 from hasten.backends.target import DTYPES, Target, parse_target, supports
 from hasten.errors import UsageError, nearest
 
@@ -56,6 +57,9 @@ def build(
     options: Mapping[str, Any] | None = None,
     timeout: float | None = None,
     choosing: Choosing | None = None,
+    cache: str | None = None,
+    cache_form: str | None = None,
+    region: str | None = None,
     overwrite: bool = False,
     wait: float = WAIT_SECONDS,
     progress: Progress | None = None,
@@ -70,6 +74,9 @@ def build(
     sources: one for fixed sizes, or three for the least, most frequent and greatest. ``dtype`` converts modules.
     ``expect``, ``fuel``, ``skip``, ``strict`` and, for modules, ``choosing`` are those of `optimize`. ``options`` are
     Inductor's (aoti).
+    ``cache`` is a step cache, such as ``teacache:threshold=0.25,model=flux`` (`passes.steps.catalog`), for modules:
+    the engine then has `Engine.start`. ``cache_form`` is ``conditional`` (one program with a branch in it) or
+    ``straight`` (programs without one); ``region`` is FIRST:LAST, the blocks that a reused step leaves out.
     ``timeout`` bounds a TensorRT build, in seconds. ``overwrite`` replaces an existing engine; ``wait`` is for
     another build of the same output.
 
@@ -93,6 +100,7 @@ def build(
         timeout,
         progress,
         choosing,
+        Caching.of(cache, cache_form, region),
     )
     with publish(out, overwrite=overwrite, wait=wait) as folder:
         if kind == "onnx":
@@ -120,8 +128,10 @@ class _Job:
         timeout: float | None,
         progress: Progress | None,
         choosing: Choosing | None,
+        caching: Caching | None,
     ) -> None:
         self.choosing = choosing
+        self.caching = caching
         self.target = target
         self.rules = {**rules, "target": str(target)}
         self.options = options
@@ -164,16 +174,42 @@ class _Job:
             output_names=origin.output_names,
             dim_names=dim_names(program, origin.dynamic_shapes),
         )
+        if self.caching is None:
+            return self._lower_graph(flat, report, folder, "model")
+        cached, described = self.caching.apply(flat, report)
+        logger.info("%s", described["summary"])
+        built = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
+        programs = {
+            name: {
+                "artifact": part.artifact,
+                "inputs": [t.as_dict() for t in part.inputs],
+                "outputs": [t.as_dict() for t in part.outputs],
+                "audit": part.audit,
+            }
+            for name, part in built.items()
+        }
+        first = next(iter(built.values()))
+        return replace(first, state=cached.state, cache={**described, "programs": programs})
+
+    def _lower_graph(self, flat: FlatProgram, report: Report, folder: Path, name: str) -> Manifest:
+        """Compile one rewritten graph into files whose names begin with ``name``."""
         interface = Signature(flat.inputs, flat.outputs, flat.dims, flat.constants)
         if self.target.opset is not None:
             model = self._export(flat, report)
-            return self._lower(model, interface, _profiles(flat) if self.target.needs_profiles else {}, report, folder)
+            profiles = _profiles(flat) if self.target.needs_profiles else {}
+            return self._lower(model, interface, profiles, report, folder, name)
         self.tell("compile", 0.3)
         if self.target.backend == "aoti":
             from hasten.backends import inductor
 
             files = inductor.package(
-                flat.module, flat.example_inputs, flat.dynamic_shapes, self.target.device, folder, self.options
+                flat.module,
+                flat.example_inputs,
+                flat.dynamic_shapes,
+                self.target.device,
+                folder,
+                self.options,
+                name=f"{name}.pt2",
             )
             return self._manifest(interface, report, files[0], inductor.runtime_versions())
         from hasten.backends import torch_tensorrt
@@ -203,7 +239,7 @@ class _Job:
             for axis, size in enumerate(spec.shape):
                 if isinstance(size, str) and size in dims and spec.name in profiles:
                     dims[size] = (profiles[spec.name].min[axis], profiles[spec.name].max[axis])
-        return self._lower(model, replace(found, dims=dims), profiles, report, folder)
+        return self._lower(model, replace(found, dims=dims), profiles, report, folder, "model")
 
     def _export(self, flat: FlatProgram, report: Report) -> onnx.ModelProto:
         """Write a rewritten graph as ONNX, in the target's own operators; nothing is matched again."""
@@ -226,13 +262,14 @@ class _Job:
         profiles: Mapping[str, Profile],
         report: Report,
         folder: Path,
+        name: str,
     ) -> Manifest:
         from hasten.backends import onnxruntime as ort
 
         self.tell("compile", 0.6)
         if self.target.backend == "onnxruntime":
-            files = ort.save_model(model, folder)
-            ort.check_loads(folder, self.target.device)
+            files = ort.save_model(model, folder, f"{name}.onnx")
+            ort.check_loads(folder, self.target.device, files[0])
             return self._manifest(interface, report, files[0], ort.runtime_versions())
         from hasten.backends import tensorrt
         from hasten.backends.tensorrt_graph import prepare_for_tensorrt
@@ -244,23 +281,24 @@ class _Job:
                     f"target {self.target}: input {spec.name!r} has dynamic sizes {format_shape(spec.shape)}; give "
                     "shapes, three of them for min, opt and max, or one to fix them"
                 )
-        files = ort.save_model(prepare_for_tensorrt(model), folder)
+        files = ort.save_model(prepare_for_tensorrt(model), folder, f"{name}.onnx")
         built = tensorrt.build_plan(
             folder / files[0],
             folder,
             self.target,
             {spec.name: profiles[spec.name] for spec in dynamic},
             timeout=self.timeout or tensorrt.TIMEOUT_SECONDS,
+            name=f"{name}.plan",
         )
-        for name in files:  # the plan holds the weights
-            (folder / name).unlink()
+        for file in files:  # the plan holds the weights
+            (folder / file).unlink()
         found = {
             **built.audit,
             "layers": dict(built.layers),
             "peak_bytes": built.peak_bytes,
             "build_seconds": built.seconds,
         }
-        return self._manifest(interface, report, tensorrt.ARTIFACT, {self.target.backend: built.version}, found)
+        return self._manifest(interface, report, f"{name}.plan", {self.target.backend: built.version}, found)
 
     def _manifest(
         self,

@@ -39,6 +39,10 @@ OPTIONS = {
     "max_error": "relative rms error that a layer may be expected to have",
     "strict_nan": "no implementation that spreads a NaN or an infinity further",
     "half": "implementations that round more in float16 too",
+    "cache": "a step cache, such as teacache:threshold=0.25,model=flux; an approximation",
+    "cache_form": "conditional (a branch in the graph) or straight (programs without one)",
+    "cache_time": "descending (default) or ascending: how the timestep goes in a run",
+    "region": "FIRST:LAST, the blocks that a reused step leaves out",
     "dump": "a folder for the graph after every pass, in a folder of its own for each graph",
 }
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -63,6 +67,7 @@ def backend(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    compiled: Callable[..., Any]
     ours, inductor = split_options(mode, options)
     if _trains(gm, example_inputs):
         compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
@@ -71,8 +76,17 @@ def backend(
         return compiled
     _rewrite(gm, ours)
     patches = {**inductor, "post_grad_custom_pre_pass": _Key(inductor.get("post_grad_custom_pre_pass"))}
+
+    def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_fx(module, inputs, config_patches=patches)
+
     try:
-        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+        if "cache" in ours:
+            from hasten.backends.dynamo_cache import compile_cached
+
+            compiled = compile_cached(gm, example_inputs, ours, reports[-1], compile_graph)
+        else:
+            compiled = compile_graph(gm, list(example_inputs))
     except Exception:  # Dynamo may be asking for the same graph again, with a number in it made symbolic
         reports.pop()
         raise

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,8 @@ from hasten.errors import HastenError, UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
+
+    from hasten.backends.cached_run import CachedRun
 
 Array = npt.NDArray[Any]
 
@@ -46,6 +49,8 @@ class Engine:
         self.manifest = manifest
         self.check_inputs = check_inputs
         self._runner = runner
+        self._carried = {state["name"] for state in manifest.state}
+        self._programs: dict[str, Engine] = {}
 
     @property
     def target(self) -> Target:
@@ -63,6 +68,30 @@ class Engine:
     def report(self) -> Mapping[str, Any]:
         """The build's `Report` as a dict."""
         return self.manifest.report
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The programs of an engine with a step cache, the main one first; empty for any other engine."""
+        return tuple(self.manifest.cache["programs"]) if self.manifest.cache is not None else ()
+
+    def program(self, name: str) -> Engine:
+        """One of `programs`, as an engine of its own."""
+        return self._programs[name]
+
+    def start(
+        self,
+        steps: int | None = None,
+        *,
+        threshold: float | None = None,
+        limit: int | None = None,
+        mask: str | Sequence[int] | None = None,
+    ) -> CachedRun:
+        """Begin a run of ``steps`` calls with the engine's step cache; see `CachedRun`."""
+        from hasten.backends.cached_run import CachedRun
+
+        if self.manifest.cache is None:
+            raise UsageError(f"engine {self.path.name!r} has no step cache; build it with a cache, or call it")
+        return CachedRun(self, steps, threshold=threshold, limit=limit, mask=mask)
 
     def __repr__(self) -> str:
         def side(specs: Sequence[TensorSpec]) -> str:
@@ -111,7 +140,8 @@ class Engine:
         self._check(arrays, {name: str(a.dtype) for name, a in arrays.items()})
         for spec in self.inputs:
             array = arrays[spec.name]
-            if self.check_inputs and array.dtype.kind == "f" and not (array < np.inf).all():
+            looked_at = self.check_inputs and spec.name not in self._carried
+            if looked_at and array.dtype.kind == "f" and not (array < np.inf).all():
                 raise self._not_finite(spec, int((~(array < np.inf)).sum()), array.size)
 
     def _check_torch(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -121,7 +151,8 @@ class Engine:
             tensor = tensors[spec.name]
             if tensor.device.type != device:
                 raise self._unfit(spec, f"expected on {device}, found on {tensor.device}")
-            if self.check_inputs and tensor.is_floating_point() and not bool((tensor < float("inf")).all()):
+            looked_at = self.check_inputs and spec.name not in self._carried
+            if looked_at and tensor.is_floating_point() and not bool((tensor < float("inf")).all()):
                 raise self._not_finite(spec, int((~(tensor < float("inf"))).sum()), tensor.numel())
 
     def _check(self, arrays: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
@@ -194,7 +225,20 @@ def load(path: str | os.PathLike[str], *, check_inputs: bool = True, threads: in
         raise UsageError(f"threads: {threads} given; give 1 or more")
     if target.device == "cuda" and not _has_gpu():
         return Engine(directory, manifest, _NoGpu(directory.name, target), check_inputs=check_inputs)
-    return Engine(directory, manifest, _runner(directory, manifest, target, threads), check_inputs=check_inputs)
+    engine = Engine(directory, manifest, _runner(directory, manifest, target, threads), check_inputs=check_inputs)
+    for name, part in _parts(manifest):
+        runner = engine._runner if part == manifest else _runner(directory, part, target, threads)
+        engine._programs[name] = Engine(directory, part, runner, check_inputs=check_inputs)
+    return engine
+
+
+def _parts(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
+    """The programs of an engine with a step cache, each with a manifest of its own."""
+    if manifest.cache is None:
+        return
+    for name, part in manifest.cache["programs"].items():
+        inputs, outputs = (tuple(TensorSpec.of(t) for t in part[side]) for side in ("inputs", "outputs"))
+        yield name, replace(manifest, artifact=part["artifact"], inputs=inputs, outputs=outputs)
 
 
 def _runner(directory: Path, manifest: Manifest, target: Target, threads: int | None) -> Runner:

@@ -62,8 +62,10 @@ def package(
     device: str,
     out_dir: Path,
     options: Mapping[str, Any] | None = None,
+    *,
+    name: str = ARTIFACT,
 ) -> list[str]:
-    """Export ``module`` (flat: tensors in, tuple of tensors out), compile it, write ``model.pt2`` into ``out_dir``.
+    """Export ``module`` (flat: tensors in, tuple of tensors out), compile it, write the file ``name`` into ``out_dir``.
 
     ``dynamic_shapes`` is as `torch.export.export` takes it; ``options`` are Inductor's, beside `CPU_OPTIONS`. The
     package holds its weights and needs torch at the same version, but neither Python code nor a compiler, to run.
@@ -87,10 +89,10 @@ def package(
         try:
             aoti_compile_and_package(
                 program,
-                package_path=str(out_dir / ARTIFACT),
+                package_path=str(out_dir / name),
                 inductor_configs={**(CPU_OPTIONS if device == "cpu" else {}), **(options or {})},
             )
-            files = [ARTIFACT, *_kernels(program, out_dir)]
+            files = [name, *_kernels(program, out_dir)]
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise HastenError(f"AOTInductor failed to compile for {device}: {first}") from error

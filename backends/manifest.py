@@ -18,7 +18,7 @@ from typing import Any
 from hasten.errors import HastenError
 
 FORMAT = "hasten-engine"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _MAX_BYTES = 64 << 20
 Dim = int | str
@@ -33,6 +33,12 @@ class TensorSpec:
     dtype: str
     shape: tuple[Dim, ...]
 
+    @classmethod
+    def of(cls, value: Any) -> TensorSpec:
+        """Read what `as_dict` wrote; TypeError or KeyError where it is something else."""
+        shape = tuple(_typed(d, int, str) for d in _typed(value["shape"], list))
+        return cls(_typed(value["name"], str), _typed(value["dtype"], str), shape)
+
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
@@ -43,7 +49,8 @@ class Manifest:
 
     ``artifact`` is the file that the target's runtime opens. ``dims`` gives (least, greatest) of every symbol in the
     shapes. ``constants`` are the arguments that were frozen at build time, by name. ``state`` lists the tensors that
-    the caller carries from step to step. ``audit`` is what was found in a TensorRT plan. ``seconds`` is the time of
+    the caller carries from step to step. ``cache`` is the step cache: its policy's text, form, region, and the
+    ``programs`` beside the main one. ``audit`` is what was found in a TensorRT plan. ``seconds`` is the time of
     the build.
     """
 
@@ -58,6 +65,7 @@ class Manifest:
     constants: Mapping[str, Any] = field(default_factory=dict)
     state: tuple[Mapping[str, Any], ...] = ()
     audit: Mapping[str, Any] | None = None
+    cache: Mapping[str, Any] | None = None
     files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,6 +83,7 @@ class Manifest:
             "versions": dict(self.versions),
             "report": dict(self.report),
             "audit": None if self.audit is None else dict(self.audit),
+            "cache": None if self.cache is None else dict(self.cache),
             "seconds": self.seconds,
             "files": {name: {"sha256": sha, "size": size} for name, (sha, size) in self.files.items()},
         }
@@ -149,6 +158,7 @@ _KEYS = (
     "versions",
     "report",
     "audit",
+    "cache",
     "seconds",
     "files",
 )
@@ -169,14 +179,15 @@ def _parse(content: Any, refuse: _Refuse) -> Manifest:
         return Manifest(
             target=_typed(content["target"], str),
             artifact=_typed(content["artifact"], str),
-            inputs=tuple(_tensor(t) for t in _typed(content["inputs"], list)),
-            outputs=tuple(_tensor(t) for t in _typed(content["outputs"], list)),
+            inputs=tuple(TensorSpec.of(t) for t in _typed(content["inputs"], list)),
+            outputs=tuple(TensorSpec.of(t) for t in _typed(content["outputs"], list)),
             dims={k: _bounds(v) for k, v in _typed(content["dims"], dict).items()},
             constants=_typed(content["constants"], dict),
             state=tuple(_typed(s, dict) for s in _typed(content["state"], list)),
             versions={k: _typed(v, str) for k, v in _typed(content["versions"], dict).items()},
             report=_typed(content["report"], dict),
             audit=_typed(content["audit"], dict, type(None)),
+            cache=_typed(content["cache"], dict, type(None)),
             seconds=_typed(content["seconds"], float, int),
             files={
                 k: (_typed(v["sha256"], str), _typed(v["size"], int)) for k, v in _typed(content["files"], dict).items()
@@ -190,11 +201,6 @@ def _typed(value: Any, *types: type) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise TypeError(f"{value!r} is no {types[0].__name__}")
     return value
-
-
-def _tensor(value: Any) -> TensorSpec:
-    shape = tuple(_typed(d, int, str) for d in _typed(value["shape"], list))
-    return TensorSpec(_typed(value["name"], str), _typed(value["dtype"], str), shape)
 
 
 def _file(value: Any) -> tuple[str, int]:

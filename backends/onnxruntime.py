@@ -34,16 +34,16 @@ def require_provider(device: str) -> str:
     return provider
 
 
-def save_model(model: onnx.ModelProto, directory: Path) -> list[str]:
-    """Write ``model.onnx`` into ``directory``, large weights into a file beside it; returns the file names."""
+def save_model(model: onnx.ModelProto, directory: Path, name: str = ARTIFACT) -> list[str]:
+    """Write the file ``name`` into ``directory``, large weights into a file beside it; returns the file names."""
     from hasten.passes.onnx import io
 
-    return [file.name for file in io.write(model, directory / ARTIFACT)]
+    return [file.name for file in io.write(model, directory / name)]
 
 
-def check_loads(directory: Path, device: str) -> None:
+def check_loads(directory: Path, device: str, name: str = ARTIFACT) -> None:
     """Open the model in ``directory`` once, so that a model which cannot run is found when it is built."""
-    _session(directory / ARTIFACT, device, threads=None)
+    _session(directory / name, device, threads=None)
 
 
 def runtime_versions() -> dict[str, str]:

@@ -68,15 +68,16 @@ def build_plan(
     profiles: Mapping[str, Profile] | None = None,
     *,
     timeout: float = TIMEOUT_SECONDS,
+    name: str = ARTIFACT,
 ) -> Built:
-    """Build ``model`` (an ONNX file from `prepare_for_tensorrt`) and write ``model.plan`` into ``out_dir``.
+    """Build ``model`` (an ONNX file from `prepare_for_tensorrt`) and write the plan ``name`` into ``out_dir``.
 
     ``profiles`` are needed for dynamic inputs. The builder runs in a subprocess; its crash, its time limit and its
     errors are each one `HastenError`. The plan is checked: well-formed, its header's version and architectures, and
     audited.
     """
     require(target)
-    plan = out_dir / ARTIFACT
+    plan = out_dir / name
     with tempfile.TemporaryDirectory(prefix="hasten-") as scratch:
         answer_file = Path(scratch) / "answer.json"
         request = {

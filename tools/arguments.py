@@ -57,6 +57,18 @@ def source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def cache_options(parser: argparse.ArgumentParser) -> None:
+    """The step cache."""
+    group = parser.add_argument_group("step cache (an approximation: steps that change little reuse an earlier result)")
+    group.add_argument(
+        "--cache",
+        metavar="POLICY",
+        help="NAME:OPTION=VALUE,…, such as teacache:threshold=0.25,model=flux, or a file that calibrate wrote",
+    )
+    group.add_argument("--cache-form", metavar="FORM", help="conditional (a branch in the graph) or straight (none)")
+    group.add_argument("--region", metavar="FIRST:LAST", help="the blocks that a reused step leaves out")
+
+
 def rule_options(parser: argparse.ArgumentParser, *, verify: bool = True) -> None:
     """What the rules may do and must find."""
     group = parser.add_argument_group("rules")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.errors import UsageError
 from hasten.tools.arguments import (
     DTYPES,
+    cache_options,
     choice_options,
     choosing,
     number,
@@ -30,6 +31,7 @@ SUMMARY = (
 EXAMPLES = (
     "hasten build scenes-unet --target aoti:cpu -o engines/scenes-unet",
     "hasten build unet.onnx --target onnxruntime:cpu --shapes sample:2x4x64x64 -o engines/unet",
+    "hasten build scenes-dit --target aoti:cpu --cache first-block:threshold=0.2 -o engines/scenes-dit-cached",
     "hasten build sd15-unet --reduced --target tensorrt-rtx:sm89,sm120 --dtype float16 -o engines/sd15",
 )
 
@@ -49,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source_options(parser)
     rule_options(parser, verify=False)
     choice_options(parser)
+    cache_options(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -71,6 +74,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             strict=args.strict,
             timeout=args.timeout,
             choosing=choosing(args),
+            cache=args.cache,
+            cache_form=args.cache_form,
+            region=args.region,
             overwrite=args.force,
             progress=tell,
             **options,

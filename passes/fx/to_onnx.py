@@ -77,12 +77,7 @@ def onnx_from_graph(
     ``example_inputs`` and ``dynamic_shapes`` are `torch.export.export`'s, positional. Raises `HastenError` with the
     exporter's reason where an operator has no ONNX form.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in _TABLE:
-            node.target = _TABLE[node.target]
-    symbolic = fx.GraphModule(module, graph)
+    symbolic = _symbolic(module)
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -99,6 +94,22 @@ def onnx_from_graph(
             raise HastenError(f"the graph cannot be written as ONNX at opset {opset}: {reason}") from error
     assert program is not None
     return program.model_proto
+
+
+def _symbolic(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which our operators are the exporter's symbolic ones, in branches too."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    inner: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _TABLE:
+            node.target = _TABLE[node.target]
+        elif node.op == "get_attr" and isinstance(branch := getattr(module, node.target, None), fx.GraphModule):
+            inner[node.target] = _symbolic(branch)
+    made = fx.GraphModule(module, graph)
+    for name, branch in inner.items():
+        setattr(made, name, branch)
+    return made
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hasten.backends.build import build as build
+    from hasten.backends.cached_callable import step_cache as step_cache
+    from hasten.backends.cached_run import CachedRun as CachedRun
     from hasten.backends.engine import Engine as Engine
     from hasten.backends.engine import load as load
     from hasten.backends.optimize import optimize as optimize
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CachedRun": "hasten.backends.cached_run",
     "Engine": "hasten.backends.engine",
     "HastenError": "hasten.errors",
     "Report": "hasten.passes.rule",
@@ -29,6 +32,7 @@ _HOMES = {
     "load": "hasten.backends.engine",
     "optimize": "hasten.backends.optimize",
     "optimize_onnx": "hasten.backends.optimize",
+    "step_cache": "hasten.backends.cached_callable",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 

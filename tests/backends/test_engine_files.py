@@ -92,13 +92,13 @@ def test_refuses_a_directory_without_a_manifest(tmp_path):
         ("{}", "manifest.json has format None, not 'hasten-engine'"),
         ('{"format": "onnx"}', "manifest.json has format 'onnx', not 'hasten-engine'"),
         (
-            '{"format": "hasten-engine", "format_version": 2}',
-            "manifest.json has format version 2 and this hasten reads 1: build the engine again",
+            '{"format": "hasten-engine", "format_version": 3}',
+            "manifest.json has format version 3 and this hasten reads 2: build the engine again",
         ),
         (
-            '{"format": "hasten-engine", "format_version": 1, "target": "aoti:cpu", "artifact": "m"}',
+            '{"format": "hasten-engine", "format_version": 2, "target": "aoti:cpu", "artifact": "m"}',
             "manifest.json lacks 'inputs', 'outputs', 'dims', 'constants', 'state', 'versions', 'report', 'audit', "
-            "'seconds', 'files'",
+            "'cache', 'seconds', 'files'",
         ),
     ],
 )
