@@ -12,7 +12,7 @@ from torch import nn
 
 import hasten
 from hasten.backends.engine import Engine
-from hasten.errors import HastenError, UsageError
+from hasten.errors import UsageError
 
 STEPS = 12
 POLICY = "easycache:threshold=0.5,warmup=2"
@@ -159,7 +159,7 @@ def test_sizes_that_change_in_a_run(tmp_path: Path) -> None:
     small = {name: value[:1] for name, value in calls()[0].items()}
     begun(**small)
     assert tuple(begun.state()["cache_residual"].shape) == (1, 16, 8)
-    with pytest.raises(UsageError, match="input 'x' is .*2.* and was .*1.* when the run began"):
+    with pytest.raises(UsageError, match=r"input 'x' is .*2.* and was .*1.* when the run began"):
         begun(**calls()[1])
 
 
@@ -168,7 +168,7 @@ def test_a_build_is_refused_with_the_reason(tmp_path: Path) -> None:
         given = {"target": "onnxruntime:cpu", "out": tmp_path / "none", "example_kwargs": calls()[0], **options}
         hasten.build(Denoiser().eval(), **given)
 
-    with pytest.raises(UsageError, match="no step-cache policy named 'easycash'.*easycache"):
+    with pytest.raises(UsageError, match=r"no step-cache policy named 'easycash'.*easycache"):
         build(cache="easycash:threshold=1")
     with pytest.raises(UsageError, match="cache form 'branch' is none of conditional, straight"):
         build(cache=POLICY, cache_form="branch")
