@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+# Implementations of models of which three at once fill 24 GB.
+FEW ?= eager-channels-last,inductor-freezing,hasten-inductor-freezing
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format tables bench speed clean
@@ -49,6 +51,7 @@ bench: $(VENV)/.bench ## time layers and models in every implementation, and wri
 	code=0; \
 	$(BIN)/hasten bench --set layers --jsonl $(OUT)/bench.jsonl || code=$$?; \
 	$(BIN)/hasten bench --set models --jsonl $(OUT)/bench.jsonl || code=$$?; \
+	$(BIN)/hasten bench --set large --implementations $(FEW) --jsonl $(OUT)/bench.jsonl || code=$$?; \
 	$(BIN)/hasten bench --render $(OUT)/bench.jsonl --into BENCHMARKS.md && exit $$code
 
 speed: $(VENV)/.dev ## plain Inductor and ONNX Runtime against hasten on small models, all in one process

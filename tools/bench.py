@@ -43,7 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="model name, with sizes as in sd15-vae-decoder@latent:1x4x32x32, or a layer: conv:320-320@64x64,batch=2, "
         "upsample-conv:512-512@64x64, group-norm-silu:128@256x256,groups=32, geglu:320-1280@4096",
     )
-    parser.add_argument("--set", type=_sets, default=(), metavar="NAME,…", help="layers, models: predefined rows")
+    parser.add_argument(
+        "--set", type=_sets, default=(), metavar="NAME,…", help="layers, models, large: predefined rows"
+    )
     parser.add_argument(
         "--implementations",
         type=_names,

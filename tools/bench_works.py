@@ -44,11 +44,14 @@ SETS: dict[str, tuple[str, ...]] = {
     "models": (
         "sd15-vae-decoder@latent:1x4x32x32",
         "sd15-vae-decoder@latent:1x4x64x64",
+    ),
+    "large": (
         "sd15-unet@sample:2x4x64x64",
         "dit-xl-2@hidden_states:2x4x32x32",
     ),
 }
-"""The rows of BENCHMARKS.md: sizes that Stable Diffusion's UNet and VAE decoder have, and whole models."""
+"""The rows of BENCHMARKS.md: sizes that Stable Diffusion's UNet and VAE decoder have, and whole models; ``large`` ones
+take several GB in each implementation, which is a process that stays: time few of them in one run."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_models_are_read_with_their_sizes():
     assert parse_work("sd15-unet", reduced=True).word == "sd15-unet-reduced"
     word = parse_work("sd15-vae-decoder@latent:1x4x32x32", shapes="latent:1x4x8x8").word
     assert word == "sd15-vae-decoder@latent:1x4x32x32"
-    for named in SETS["models"]:
+    for named in (*SETS["models"], *SETS["large"]):
         assert parse_work(named).word == named
 
 
