@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "upsample-conv:512-512@64x64, group-norm-silu:128@256x256,groups=32, geglu:320-1280@4096",
     )
     parser.add_argument(
-        "--set", type=_sets, default=(), metavar="NAME,…", help="layers, models, large: predefined rows"
+        "--set", type=_sets, default=(), metavar="NAME,…", help="rows: layers, models, large"
     )
     parser.add_argument(
         "--implementations",
