@@ -74,8 +74,8 @@ def build(
     sources: one for fixed sizes, or three for the least, most frequent and greatest. ``dtype`` converts modules.
     ``expect``, ``fuel``, ``skip``, ``strict`` and, for modules, ``choosing`` are those of `optimize`. ``options`` are
     Inductor's (aoti).
-    ``cache`` is a step cache, such as ``teacache:threshold=0.25,model=flux`` (`passes.steps.catalog`), for modules:
-    the engine then has `Engine.start`. ``cache_form`` is ``conditional`` (one program with a branch in it) or
+    ``cache`` is a step cache, such as ``teacache:threshold=0.25,model=flux`` (`passes.steps.catalog`): the
+    engine then has `Engine.start`. ``cache_form`` is ``conditional`` (one program with a branch in it) or
     ``straight`` (programs without one); ``region`` is FIRST:LAST, the blocks that a reused step leaves out.
     ``timeout`` bounds a TensorRT build, in seconds. ``overwrite`` replaces an existing engine; ``wait`` is for
     another build of the same output.
@@ -179,20 +179,13 @@ class _Job:
         cached, described = self.caching.apply(flat, report)
         logger.info("%s", described["summary"])
         built = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
-        programs = {
-            name: {
-                "artifact": part.artifact,
-                "inputs": [t.as_dict() for t in part.inputs],
-                "outputs": [t.as_dict() for t in part.outputs],
-                "audit": part.audit,
-            }
-            for name, part in built.items()
-        }
-        first = next(iter(built.values()))
-        return replace(first, state=cached.state, cache={**described, "programs": programs})
+        return _assembled(built, cached.state, described)
 
     def _lower_graph(self, flat: FlatProgram, report: Report, folder: Path, name: str) -> Manifest:
         """Compile one rewritten graph into files whose names begin with ``name``."""
+        from hasten.passes.fx import branch_rules
+
+        branch_rules.require(flat.module, str(self.target))
         interface = Signature(flat.inputs, flat.outputs, flat.dims, flat.constants)
         if self.target.opset is not None:
             model = self._export(flat, report)
@@ -219,7 +212,9 @@ class _Job:
 
     def from_onnx(self, source: Any, shapes: Any, folder: Path) -> Manifest:
         """Rewrite and lower an ONNX source into ``folder``; ``shapes`` are in it before any rule looks."""
+        from hasten.backends import onnx_step_cache
         from hasten.backends.optimize import optimize_onnx
+        from hasten.passes import catalog
         from hasten.passes.onnx import io
 
         self.tell("optimize", 0.0)
@@ -231,7 +226,8 @@ class _Job:
             model = type(source)()
             model.CopyFrom(source)
         fix_shapes(model, profiles)
-        model, report = optimize_onnx(model, **self.rules)
+        rules = ",".join(name for name in catalog.default("onnx") if self.caching is None or name != "legalise")
+        model, report = optimize_onnx(model, passes=rules, **self.rules)
         report.source = read.source
         found = signature(model)
         dims = dict(found.dims)
@@ -239,7 +235,23 @@ class _Job:
             for axis, size in enumerate(spec.shape):
                 if isinstance(size, str) and size in dims and spec.name in profiles:
                     dims[size] = (profiles[spec.name].min[axis], profiles[spec.name].max[axis])
-        return self._lower(model, replace(found, dims=dims), profiles, report, folder, "model")
+        found = replace(found, dims=dims)
+        if self.caching is None:
+            return self._lower(model, found, profiles, report, folder, "model")
+        onnx_step_cache.take_sizes(model, read.model)
+        sizes = onnx_step_cache.sizes_of(found, profiles)
+        cached = onnx_step_cache.with_cache(self.caching, model, sizes, report)
+        logger.info("%s", cached.described["summary"])
+        built = {}
+        for name, part in cached.programs.items():
+            program, legalised = optimize_onnx(
+                part, target=str(self.target), passes="legalise", skip=self.rules["skip"]
+            )
+            _merge(report, legalised)
+            interface = replace(signature(program), dims=dims)
+            bounds = onnx_step_cache.profiles_of(found, profiles, interface.inputs)
+            built[name] = self._lower(program, interface, bounds, report, folder, name)
+        return _assembled(built, cached.state, cached.described)
 
     def _export(self, flat: FlatProgram, report: Report) -> onnx.ModelProto:
         """Write a rewritten graph as ONNX, in the target's own operators; nothing is matched again."""
@@ -265,7 +277,9 @@ class _Job:
         name: str,
     ) -> Manifest:
         from hasten.backends import onnxruntime as ort
+        from hasten.passes.onnx import branch_rules
 
+        branch_rules.require(model, str(self.target))
         self.tell("compile", 0.6)
         if self.target.backend == "onnxruntime":
             files = ort.save_model(model, folder, f"{name}.onnx")
@@ -392,8 +406,25 @@ def _profiles(flat: FlatProgram) -> dict[str, Profile]:
     return found
 
 
+def _assembled(
+    built: Mapping[str, Manifest], state: tuple[Mapping[str, Any], ...], described: Mapping[str, Any]
+) -> Manifest:
+    """The manifest of an engine with a step cache: the main program's, with all of them in it."""
+    programs = {
+        name: {
+            "artifact": part.artifact,
+            "inputs": [t.as_dict() for t in part.inputs],
+            "outputs": [t.as_dict() for t in part.outputs],
+            "audit": part.audit,
+        }
+        for name, part in built.items()
+    }
+    first = next(iter(built.values()))
+    return replace(first, state=state, cache={**described, "programs": programs})
+
+
 def _merge(report: Report, later: Report) -> None:
-    """Continue a torch graph's report with what legalising its export did."""
+    """Continue a report with what legalising did."""
     for rule in later.rules:
         report.add(rule)
     report.ops_after = later.ops_after

@@ -2,53 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hasten.errors import HastenError, UsageError
 from hasten.passes.fx.step_cache import Cut
-from hasten.passes.fx.view import fake
 
 if TYPE_CHECKING:
+    import onnx
     from torch import fx
 
+    from hasten.passes.onnx.step_cache import Cut as OnnxCut
     from hasten.passes.steps.policy import Policy
+
+C = TypeVar("C")
+"""The cut of one kind of graph."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A cut, one line about it, and the part of the graph's operations that is inside."""
+class Found(Generic[C]):
+    """A cut, lines about it for a person, and the part of the graph's operations that is inside."""
 
-    cut: Cut
-    summary: str
+    cut: C
+    lines: tuple[str, ...]
     share: float
 
-
-def find_cut(module: fx.GraphModule, policy: Policy, region: str | None = None) -> Found:
-    """Find what ``policy`` skips in ``module``; `HastenError` with the reason where there is nothing of the kind."""
-    if policy.granularity == "output":
-        if region is not None:
-            raise UsageError(f"region {region!r}: {policy.name} skips the whole model; leave the region out")
-        return _whole(module, policy)
-    raise HastenError(
-        f"{policy.name} skips part of a model ({policy.granularity}), and regions are found in no graph yet"
-    )
+    @property
+    def summary(self) -> str:
+        return self.lines[0]
 
 
-def _whole(module: fx.GraphModule, policy: Policy) -> Found:
-    """The whole graph, from the first input that is like the first output to that output."""
-    (written,) = module.graph.find_nodes(op="output")
-    outputs = list(written.all_input_nodes)
-    after = outputs[0]
-    kind = fake(after)
-    inputs = module.graph.find_nodes(op="placeholder")
-    like = [n for n in inputs if getattr(fake(n), "shape", None) == kind.shape and fake(n).dtype == kind.dtype]
-    if not like or len(outputs) != 1:
-        shapes = ", ".join(f"{n.name} {tuple(fake(n).shape)}" for n in inputs if hasattr(fake(n), "shape"))
+def find_cut(module: fx.GraphModule, policy: Policy, region: str | None = None) -> Found[Cut]:
+    """Find what ``policy`` skips in ``module``.
+
+    ``region`` is FIRST:LAST, blocks from FIRST up to LAST, which is left out. Raises `HastenError` with the reason
+    where the graph has no such region: it is never cached at no effect.
+    """
+    from hasten.passes.fx.flow import FxFlow
+    from hasten.passes.fx.view import FxView
+
+    _refuse_blocks(policy, region)
+    return _search(FxFlow(FxView(module)), Cut, policy, region)
+
+
+def find_cut_onnx(model: onnx.ModelProto, policy: Policy, region: str | None = None) -> Found[OnnxCut]:
+    """Find what ``policy`` skips in an ONNX model; see `find_cut`.
+
+    Where nothing is found and the model has local functions, they are written out in place and it is looked for again.
+    """
+    from hasten.passes.onnx.flow import OnnxFlow
+    from hasten.passes.onnx.graph import OnnxGraph
+    from hasten.passes.onnx.local_functions import write_out
+    from hasten.passes.onnx.step_cache import Cut as OnnxCut
+
+    _refuse_blocks(policy, region)
+    try:
+        return _search(OnnxFlow(OnnxGraph(model)), OnnxCut, policy, region)
+    except HastenError:
+        if not write_out(model):
+            raise
+    return _search(OnnxFlow(OnnxGraph(model)), OnnxCut, policy, region)
+
+
+def _refuse_blocks(policy: Policy, region: str | None) -> None:
+    if region is not None and policy.granularity not in ("stack", "tail"):
+        raise UsageError(f"region {region!r}: {policy.name} does not skip a row of blocks; leave the region out")
+
+
+def _search(flow: Any, kind: Callable[..., C], policy: Policy, region: str | None) -> Found[C]:
+    from hasten.passes.steps.region import find
+    from hasten.passes.steps.span import Refusal
+
+    found = find(flow, policy, region)
+    if isinstance(found, Refusal):
+        raise HastenError(f"{policy.name} finds nothing to skip in this graph: {found.reason}")
+    if found.no_residual is not None and policy.payload.name != "value":
         raise HastenError(
-            f"{policy.name} adds the model's last change to its input, and no input is like the one output "
-            f"{tuple(kind.shape)}: inputs are {shapes}"
+            f"{policy.name} adds the last change to what comes in, which cannot be here: {found.no_residual}; take a "
+            "policy whose payload is a value"
         )
-    inside = tuple(n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr", "output"))
-    signal = like[0] if policy.decision.signal == "input" else None
-    return Found(Cut((like[0],), (after,), inside, signal=signal), f"the whole model, {like[0].name} to output", 1.0)
+    cut = kind(
+        found.before,
+        found.after,
+        found.inside,
+        kept=found.extra,
+        signal=found.signal.value if found.signal is not None else None,
+        signal_base=found.signal.base if found.signal is not None else None,
+        tap=found.tap.value if found.tap is not None else None,
+        tap_base=found.tap.base if found.tap is not None else None,
+    )
+    return Found(cut, tuple(found.describe(policy)), found.share)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from hasten.backends.program import FlatProgram
+    from hasten.backends.region import Found
     from hasten.passes.fx.step_cache import Cached, Cut, StateTensor
     from hasten.passes.rule import Report
     from hasten.passes.steps.policy import Policy
@@ -63,17 +64,20 @@ class Caching:
 
         found = find_cut(flat.module, self.policy, self.region)
         cached = with_cache(flat, found.cut, self.policy, self.form)
-        summary = f"step cache {self.text}: {found.summary}; form {self.form}, state {cached.state_bytes / 1e6:.3g} MB"
+        return cached, self.describe(found, cached.state_bytes, report)
+
+    def describe(self, found: Found[Any], state_bytes: int, report: Report) -> dict[str, Any]:
+        """What was done, for the manifest; one line of it goes into the report as well."""
+        summary = f"step cache {self.text}: {found.summary}; form {self.form}, state {state_bytes / 1e6:.3g} MB"
         report.notes.append(summary)
-        described = {
+        return {
             "policy": self.text,
             "form": self.form,
             "region": found.summary,
             "share": found.share,
-            "state_bytes": cached.state_bytes,
+            "state_bytes": state_bytes,
             "summary": summary,
         }
-        return cached, described
 
 
 def choose_form(form: str | None, policy: Policy) -> str:

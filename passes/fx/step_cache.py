@@ -18,9 +18,12 @@ import torch
 from torch import fx
 
 from hasten.errors import HastenError
+from hasten.passes.fx.call import mutates
+from hasten.passes.fx.flow import shares_memory
 from hasten.passes.fx.traced import inline
-from hasten.passes.fx.view import fake
-from hasten.passes.steps.policy import Control, Policy, Slot
+from hasten.passes.fx.view import call_name, fake
+from hasten.passes.steps.payload import Value
+from hasten.passes.steps.policy import Control, Payload, Policy, Slot
 
 PREFIX = "cache_"
 COMPUTED = PREFIX + "computed"
@@ -39,15 +42,28 @@ class Cut:
     """What is skipped, in nodes of one graph.
 
     ``before`` and ``after`` are the streams into and out of the region, pairwise; ``inside`` the nodes between, in the
-    graph's order. ``signal`` is what the decision looks at (it is computed on every call), ``tap`` what it looks at
-    inside.
+    graph's order. ``kept``: other values made inside and read outside, which a reused call gets as they were.
+    ``signal`` is what the decision looks at (it is computed on every call), ``tap`` what it looks at inside; where
+    there is a base, it is what they have gained over it.
     """
 
     before: tuple[fx.Node, ...]
     after: tuple[fx.Node, ...]
     inside: tuple[fx.Node, ...]
+    kept: tuple[fx.Node, ...] = ()
     signal: fx.Node | None = None
+    signal_base: fx.Node | None = None
     tap: fx.Node | None = None
+    tap_base: fx.Node | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """Streams, then kept values, each with the stream that goes in: of `payloads`, in the same order."""
+        return (*zip(self.before, self.after, strict=True), *((self.before[0], n) for n in self.kept))
+
+    def payloads(self, policy: Policy) -> tuple[Payload, ...]:
+        """What stands for each of `pairs` in a reused call."""
+        return (*(policy.payload for _ in self.before), *(Value() for _ in self.kept))
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,12 @@ class Cached:
 
 
 def conditional(module: fx.GraphModule, cut: Cut, policy: Policy) -> Cached:
-    """One program, ``step``, with the region in the compute branch of a ``torch.cond``."""
+    """One program, ``step``, with the region in the compute branch of a ``torch.cond``.
+
+    `HastenError` for modules that are skipped one by one: one branch cannot hold what others are computed between.
+    """
+    if policy.granularity == "modules":
+        raise HastenError(f"{policy.name} skips modules one by one, which is no one branch; take the form 'straight'")
     state = _states(module, cut, policy)
     return Cached({"step": _Writer(module, cut, policy, state).step()}, tuple(state.values()))
 
@@ -102,12 +123,21 @@ class _Writer:
 
     def __init__(self, module: fx.GraphModule, cut: Cut, policy: Policy, state: Mapping[str, StateTensor]) -> None:
         self.module, self.cut, self.policy = module, cut, policy
-        self.decision, self.payload = policy.decision, policy.payload
-        hoisted = _reach([n for n in (cut.signal, *cut.before) if n is not None], lambda n: n.all_input_nodes)
-        if early := [n.name for n in cut.after if n in hoisted]:
+        self.decision, self.payloads = policy.decision, cut.payloads(policy)
+        wanted = [n for n in (cut.signal, cut.signal_base, *cut.before) if n is not None]
+        hoisted = _reach(wanted, lambda n: n.all_input_nodes)
+        if early := [n.name for n in (*cut.after, *cut.kept) if n in hoisted]:
             raise HastenError(f"the decision's signal depends on {early[0]}, the result of the region to be skipped")
-        self.inside = [n for n in cut.inside if n not in hoisted]
-        self.later = _reach(self.inside, lambda n: n.users) - set(self.inside)
+        (output,) = module.graph.find_nodes(op="output")
+        writes = [n for n in module.graph.nodes if mutates(n, call_name(n))]
+        self.inside = _whole_tuples([n for n in _with_writes(cut, writes) if n not in hoisted])
+        # What nothing reads stays behind: it may hang on what a reused call does not make.
+        live = _reach([output, *writes], lambda n: n.all_input_nodes)
+        later = _reach(self.inside, lambda n: n.users) - set(self.inside)
+        if torn := [n.name for n in writes if n in later and _owner(n) not in later]:
+            raise HastenError(f"{torn[0]} writes in place to memory from before the region; it cannot be cut there")
+        self.nodes = [n for n in module.graph.nodes if n in live and n.op not in ("placeholder", "output")]
+        self.later = [n for n in self.nodes if n in later]
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
         self.branches: dict[str, fx.GraphModule] = {}
@@ -134,21 +164,19 @@ class _Writer:
         return self._close(decided, compute, results=False)
 
     def compute(self) -> Program:
-        self._copy_prologue()
-        self._copy(self.inside)
-        before, after = ([self.copies[n] for n in nodes] for nodes in (self.cut.before, self.cut.after))
-        written = self._observe_and_store(self.graph, self.copies, self.state, self.control, before, after)
-        self._copy(n for n in self.module.graph.nodes if n in self.later and n.op != "output")
+        # In the graph's own order: where modules are skipped one by one, what is inside reads what is behind others.
+        self._copy(self.nodes)
+        after = [self.copies[a] for _, a in self.cut.pairs]
+        written = self._observe_and_store(self.graph, self.copies, self.state, self.control, after)
         return self._close(written, None)
 
     def reuse(self) -> Program:
         self._copy_prologue()
-        before = [self.copies[n] for n in self.cut.before]
-        self._epilogue(self._reuse(self.graph, self.state, self.control, before))
+        self._epilogue(self._reuse(self.graph, self.copies, self.state, self.control))
         return self._close({}, None)
 
     def _decide(self) -> tuple[dict[str, fx.Node], fx.Node]:
-        signal = self.copies[self.cut.signal] if self.cut.signal is not None else None
+        signal = _gained(self.graph, self.copies, self.cut.signal, self.cut.signal_base)
         own = {name: self.state[name] for name in self.decision.slots()}
         decided: tuple[dict[str, fx.Node], fx.Node] = inline(
             self.graph, self.decision.decide, own, signal, self.control
@@ -159,7 +187,7 @@ class _Writer:
         """Write the conditional node; returns the streams after the region, and the state that a branch writes."""
         produced = set(self.inside)
         read = [n for node in self.inside for n in node.all_input_nodes if n not in produced]
-        tapped = [self.cut.tap] if self.cut.tap is not None and self.cut.tap not in produced else []
+        tapped = [n for n in (self.cut.tap, self.cut.tap_base) if n is not None and n not in produced]
         live = list(dict.fromkeys([*read, *self.cut.before, *tapped]))
         for node in live:
             self._make_contiguous(node)
@@ -170,17 +198,17 @@ class _Writer:
         values = {n: own[self.copies[n]] for n in live}
         for node in self.inside:
             values[node] = full.node_copy(node, lambda n: values[n])
-        before, after = [values[n] for n in self.cut.before], [_own(full, values[n]) for n in self.cut.after]
+        after = [_own(full, values[a]) for _, a in self.cut.pairs]
         held = {name: own[node] for name, node in state.items()}
         control = Control(*(own[c] for c in self.control))
-        updated = self._observe_and_store(full, values, held, control, before, after)
+        updated = self._observe_and_store(full, values, held, control, after)
         full.output((*after, *(_own(full, node) for node in updated.values())))
 
         short = fx.Graph()
         own = _operands(short, operands)
         held = {name: own[node] for name, node in state.items()}
-        before = [own[self.copies[n]] for n in self.cut.before]
-        forwarded = self._reuse(short, held, Control(*(own[c] for c in self.control)), before)
+        given = {n: own[self.copies[n]] for n in self.cut.before}
+        forwarded = self._reuse(short, given, held, Control(*(own[c] for c in self.control)))
         short.output((*(_own(short, n) for n in forwarded), *(_own(short, held[name]) for name in updated)))
 
         operands = _prune(operands, full, short)
@@ -198,7 +226,7 @@ class _Writer:
         for i, value in enumerate(results):
             parts.append(self.graph.call_function(operator.getitem, (cond, i)))
             parts[-1].meta["val"] = value
-        streams = len(self.cut.after)
+        streams = len(self.cut.pairs)
         return parts[:streams], dict(zip(updated, parts[streams:], strict=True))
 
     def _make_contiguous(self, node: fx.Node) -> None:
@@ -213,38 +241,35 @@ class _Writer:
         values: Mapping[fx.Node, fx.Node],
         state: Mapping[str, fx.Node],
         control: Control,
-        before: Sequence[fx.Node],
         after: Sequence[fx.Node],
     ) -> dict[str, fx.Node]:
         """Write what a call that computed does to the state; returns the entries that change."""
-        tap = values[self.cut.tap] if self.cut.tap is not None else None
+        before = [values[b] for b, _ in self.cut.pairs]
+        tap = _gained(graph, values, self.cut.tap, self.cut.tap_base)
         own = {name: state[name] for name in self.decision.slots() if name in state}
         updated: dict[str, fx.Node] = {}
         if len(own) == len(self.decision.slots()):
             updated |= inline(graph, self.decision.observe, own, tap, before[0], after[0], control)
-        slots = self.payload.slots()
-        for i, (b, a) in enumerate(zip(before, after, strict=True)):
-            stored = inline(graph, self.payload.store, {n: state[_slot(n, i)] for n in slots}, b, a, control)
+        for i, (payload, b, a) in enumerate(zip(self.payloads, before, after, strict=True)):
+            stored = inline(graph, payload.store, {n: state[_slot(n, i)] for n in payload.slots()}, b, a, control)
             updated |= {_slot(name, i): node for name, node in stored.items()}
         return {name: node for name, node in updated.items() if node is not state[name]}
 
     def _reuse(
-        self, graph: fx.Graph, state: Mapping[str, fx.Node], control: Control, before: Sequence[fx.Node]
+        self, graph: fx.Graph, values: Mapping[fx.Node, fx.Node], state: Mapping[str, fx.Node], control: Control
     ) -> list[fx.Node]:
-        slots = self.payload.slots()
         return [
-            inline(graph, self.payload.reuse, {n: state[_slot(n, i)] for n in slots}, node, control)
-            for i, node in enumerate(before)
+            inline(graph, p.reuse, {n: state[_slot(n, i)] for n in p.slots()}, values[before], control)
+            for i, (p, (before, _)) in enumerate(zip(self.payloads, self.cut.pairs, strict=True))
         ]
 
     def _copy_prologue(self) -> None:
-        inside = set(self.inside)
-        own = (n for n in self.module.graph.nodes if n.op not in ("placeholder", "output"))
-        self._copy(n for n in own if n not in inside and n not in self.later)
+        left = {*self.inside, *self.later}
+        self._copy(n for n in self.nodes if n not in left)
 
     def _epilogue(self, after: Sequence[fx.Node]) -> None:
-        self.copies.update(zip(self.cut.after, after, strict=True))
-        self._copy(n for n in self.module.graph.nodes if n in self.later and n.op != "output")
+        self.copies.update(zip((a for _, a in self.cut.pairs), after, strict=True))
+        self._copy(self.later)
 
     def _close(self, written: Mapping[str, fx.Node], compute: fx.Node | None, *, results: bool = True) -> Program:
         """Write the output node, drop what nothing reads, and name what came in and goes out beside the graph's own."""
@@ -253,7 +278,7 @@ class _Writer:
         if compute is not None:
             following[COMPUTED] = compute
         self.graph.output((*(self.copies[n] for n in own), *following.values()))
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or mutates(n, call_name(n)))
         for node in (*self.state.values(), *self.control):
             if not node.users:
                 self.graph.erase_node(node)
@@ -281,9 +306,10 @@ def _states(module: fx.GraphModule, cut: Cut, policy: Policy) -> dict[str, State
     mode = _fake_mode(module)
 
     def add(name: str, slot: Slot, stream: int) -> None:
-        kind = fake(cut.before[stream])
+        before, after = cut.pairs[stream]
+        kind = fake(before)
         if slot.like:
-            nodes = {"signal": cut.signal, "tap": cut.tap, "before": cut.before[stream], "after": cut.after[stream]}
+            nodes = {"signal": cut.signal, "tap": cut.tap, "before": before, "after": after}
             if (node := nodes[slot.like]) is None:
                 raise HastenError(f"{policy.name} keeps a tensor like its {slot.like}, which this graph does not show")
             kind = fake(node)
@@ -295,10 +321,45 @@ def _states(module: fx.GraphModule, cut: Cut, policy: Policy) -> dict[str, State
 
     for name, slot in policy.decision.slots().items():
         add(name, slot, 0)
-    for stream in range(len(cut.before)):
-        for name, slot in policy.payload.slots().items():
+    for stream, payload in enumerate(cut.payloads(policy)):
+        for name, slot in payload.slots().items():
             add(_slot(name, stream), slot, stream)
     return found
+
+
+def _with_writes(cut: Cut, writes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What is inside, and the calls that write in place to memory that is made there, which no value shows."""
+    inside = set(cut.inside)
+    own = [n for n in writes if n not in inside and _owner(n) in inside]
+    # The views that they write through have no other users.
+    views = _reach(own, lambda n: [a for a in n.all_input_nodes if a not in inside and _owner(a) in inside])
+    within = inside | views
+    return [n for n in cut.after[0].graph.nodes if n in within]
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The value whose memory a view, or a call that writes in place, belongs to."""
+    while node.args and isinstance(node.args[0], fx.Node) and shares_memory(node):
+        node = node.args[0]
+    return node
+
+
+def _whole_tuples(inside: Sequence[fx.Node]) -> list[fx.Node]:
+    """Leave items of tuples that are made outside outside as well: what a branch is given are tensors."""
+    within = set(inside)
+    for node in inside:
+        if node.target is operator.getitem and node.args[0] not in within:
+            within.discard(node)
+    return [n for n in inside if n in within]
+
+
+def _gained(
+    graph: fx.Graph, values: Mapping[fx.Node, fx.Node], value: fx.Node | None, base: fx.Node | None
+) -> fx.Node | None:
+    if value is None or base is None:
+        return None if value is None else values[value]
+    gained: fx.Node = inline(graph, operator.sub, values[value], values[base])
+    return gained
 
 
 def _operands(graph: fx.Graph, operands: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:

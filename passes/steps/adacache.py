@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.passes.steps.moreg import Motion
-from hasten.passes.steps.policy import Array, Control, Slot, State, as_float32, mean_abs, namespace, settle
+from hasten.passes.steps.policy import Array, Control, Slot, State, as_float32, mean_abs, namespace, ratio, settle
 from hasten.passes.steps.retained import Retained
 
 Codebook = tuple[tuple[float, int], ...]
@@ -73,11 +73,12 @@ class AdaCache:
         following = {}
         change, size = mean_abs(as_float32(state["reference"]) - as_float32(tap)), mean_abs(state["reference"])
         # Nothing to compare with, 0/0 as well, counts as far away.
-        distance = xp.where(size > 0, change / size, xp.full_like(change, float("inf"))) / as_float32(planned)
+        distance = xp.where(size > 0, ratio(change, size), xp.full_like(change, float("inf"))) / as_float32(planned)
         if self.motion is not None:
             score = self.motion.score(tap, control.step)
             distance = distance * self.motion.factor(score, state["motion"], as_float32(planned))
             score = xp.where(xp.isfinite(score), score, xp.ones_like(score))
+            # The first call has nothing to compare with, and measures no motion.
             start = xp.ones_like(score) if self.motion.reset else state["motion"]
             following["motion"] = xp.where(first, start, score)
         rate = xp.full_like(planned, self.codebook[-1][1])

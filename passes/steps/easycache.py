@@ -66,9 +66,10 @@ class EasyCache:
     def observe(self, state: State, tap: Array | None, before: Array, after: Array, control: Control) -> State:
         xp = namespace(before, after, *control)
         gained = mean_abs(as_float32(after) - as_float32(state["held_output"]))
-        slope = ratio(gained, mean_abs(as_float32(before) - as_float32(state["held_input"])))
-        # One computed call has no slope; infinity makes the next one compute.
-        slope = xp.where(control.step == 0, xp.full_like(slope, float("inf")), slope)
+        moved = mean_abs(as_float32(before) - as_float32(state["held_input"]))
+        # One computed call has no slope, nor have two of which one is not finite; infinity makes the next one compute.
+        known = (control.step > 0) & xp.isfinite(gained) & xp.isfinite(moved)
+        slope = xp.where(known, ratio(gained, moved), xp.full_like(gained, float("inf")))
         return {**state, "slope": slope, "size": mean_abs(after), "held_input": before, "held_output": after}
 
     def forced(self, steps: int) -> npt.NDArray[np.int64]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import factorial
 from typing import Any, ClassVar
 
+import numpy as np
+
 from hasten.passes.steps.policy import Array, Control, Slot, State, as_float32, namespace
 
 OF = ("value", "residual")
@@ -63,7 +65,7 @@ def weighted_sum(weights: Sequence[Array], stored: Array) -> Array:
 
 def cast_like(array: Array, like: Array) -> Array:
     """The array in the type of another."""
-    return array.to(like.dtype) if hasattr(array, "to") and hasattr(like, "to") else array.astype(like.dtype)
+    return array.astype(like.dtype) if namespace(array) is np else array.to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,14 @@ class Taylor(_Forecast):
         return self.order + 1
 
     def weights(self, calls: Array, control: Control) -> Sequence[Array]:
-        numbers = as_float32(calls)
+        xp, numbers = namespace(calls, *control), as_float32(calls)
         ahead = as_float32(control.step) - numbers[0]
-        gaps = [numbers[m] - numbers[m + 1] for m in range(self.order)]
+        one = xp.ones_like(ahead)
+        # Places that hold nothing yet are no distance apart; what is divided by it counts with weight 0.
+        gaps = [xp.where(calls[m + 1] >= 0, numbers[m] - numbers[m + 1], one) for m in range(self.order)]
         # differences[m]: the present order's difference at stored call m, as weights of the stored tensors.
         differences: list[dict[int, Any]] = [{m: 1.0} for m in range(self.history)]
-        total: dict[int, Any] = {0: ahead * 0 + 1}
+        total: dict[int, Any] = {0: one}
         power = ahead
         for order in range(1, self.history):
             differences = [_combine(differences[m], differences[m + 1], gaps[m]) for m in range(len(differences) - 1)]

@@ -172,8 +172,8 @@ def _polynomial_concerns(decision: TeaCache, recorded: Recording) -> list[str]:
     negative = distances[[bool(decision.estimate(d) < 0) for d in distances]]
     if len(negative) and decision.sign == "signed":
         found.append(
-            f"the polynomial is negative at {len(negative)} of {len(distances)} distances, from {min(negative):.3g} on, "
-            "which puts off the next computed call; use sign=abs or sign=clamp0, or fit it anew"
+            f"the polynomial is negative at {len(negative)} of {len(distances)} distances, from {min(negative):.3g} "
+            "on, which puts off the next computed call; use sign=abs or sign=clamp0, or fit it anew"
         )
     if beyond := int((distances > decision.fitted).sum()):
         found.append(

@@ -174,7 +174,7 @@ def test_a_build_is_refused_with_the_reason(tmp_path: Path) -> None:
         build(cache=POLICY, cache_form="branch")
     with pytest.raises(UsageError, match="region '0:3' was given without a cache"):
         build(region="0:3")
-    with pytest.raises(UsageError, match="easycache skips the whole model; leave the region out"):
+    with pytest.raises(UsageError, match="easycache does not skip a row of blocks; leave the region out"):
         build(cache=POLICY, region="0:3")
     assert not (tmp_path / "none").exists()
 
