@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,11 +33,16 @@ def within(
     """The rewritten graph whose error, measured on the example inputs, is at most ``choosing.max_error``.
 
     The implementation that is expected to be furthest off gives way first, in all layers. Raises `VerificationError`
-    where the library's own implementations are further off than that.
+    where the library's own implementations are further off than that, and where NaN or infinity leaves no error.
     """
     bound = choosing.max_error
     assert bound is not None
     wanted = in_float64(program, args, kwargs)
+    if not all(bool(w.isfinite().all()) for w in wanted):
+        raise VerificationError(
+            "max_error: in float64 the model itself gives NaN or infinity on the example inputs; give others, on which "
+            "its error can be measured"
+        )
     limits = choosing.limits()
     while True:
         module, report = rewrite(limits)
@@ -46,6 +52,11 @@ def within(
         if error <= bound:
             return module, report
         worst = max((c["expected_error"] for c in report.choices if c["implementation"] != DIRECT), default=0.0)
+        if not worst and not math.isfinite(error):
+            raise VerificationError(
+                f"max_error {bound:g}: with the library's own convolutions the model gives NaN or infinity where its "
+                "float64 result has none; compute in a wider type"
+            )
         if not worst:
             raise VerificationError(
                 f"max_error {bound:g} is below what any implementation gives: with the library's own convolutions the "
@@ -79,6 +90,7 @@ def _run(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def relative_error(got: list[Any], wanted: list[Any]) -> float:
-    """The largest of the outputs' errors, each relative to the norm of its float64 value."""
+    """The largest of the outputs' errors, each relative to the norm of its float64 value; NaN where any of them is."""
     pairs = ((g.double(), w.double()) for g, w in zip(got, wanted, strict=True) if w.is_floating_point())
-    return max((float((g - w).norm() / w.norm().clamp_min(1e-300)) for g, w in pairs), default=0.0)
+    errors = [float((g - w).norm() / w.norm().clamp_min(1e-300)) for g, w in pairs]
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 NO_KERNELS = "none"
 """In the place of a fingerprint where the C++ kernels are not to be had: their operators are torch operators then."""
-_RESTRICTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_RESTRICTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Environment variables that take instructions away from the libraries that are timed."""
 
 
@@ -29,8 +31,8 @@ def machine(device: str, native: str) -> Machine:
 
     if device != "cpu":
         if device == "cuda" and torch.cuda.is_available():
-            name = torch.cuda.get_device_name()
-            return Machine(name, f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+            libraries = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+            return Machine(torch.cuda.get_device_name(), f"{libraries}, {triton_kernels()}")
         return Machine(f"no {device} device", f"torch {torch.__version__}")
     parts = (_processor(), *_features(), *(f"{n}={os.environ[n]}" for n in _RESTRICTIONS if os.environ.get(n)))
     return Machine(" ".join(parts), f"torch {torch.__version__}, oneDNN {_onednn()}, kernels {native}")
@@ -53,6 +55,20 @@ def native_kernels(*, load: bool = True) -> str:
         return build.fingerprint()
     except HastenError:
         return NO_KERNELS
+
+
+def triton_kernels() -> str:
+    """Triton's version and a hash of the sources of our Triton convolution, for the key of a GPU."""
+    from hasten.passes.ops import winograd_conv2d
+
+    try:
+        compiler = version("triton")
+    except PackageNotFoundError:
+        compiler = "none"
+    digest = hashlib.sha256()
+    for name in ("triton.py", "transforms.py", "weights.py"):
+        digest.update((Path(winograd_conv2d.__file__).parent / name).read_bytes())
+    return f"Triton {compiler}, kernels {digest.hexdigest()[:12]}"
 
 
 @cache

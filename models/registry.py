@@ -14,7 +14,7 @@ from hasten.errors import UsageError, nearest
 if TYPE_CHECKING:
     from hasten.models.adapter import Adapter
 
-BUNDLED = ("scenes-unet", "scenes-dit")
+BUNDLED = ("scenes-unet", "scenes-dit", "scenes-video")
 """Small, trained, and shipped with the package."""
 
 _HOMES = {

@@ -137,9 +137,10 @@ def within_budget(choices: Sequence[Choice], budget: int | None) -> list[Choice]
             weights, workspace = wanted
             kept[index] = choice
             continue
-        over = (
-            f"{choice.name} needs {choice.candidate.weight_bytes} bytes of weights, which the memory budget of {budget}"
-        )
+        needed = f"{choice.candidate.weight_bytes} bytes of weights"
+        if wanted[0] <= budget:  # the weights alone would fit
+            needed += f" and a workspace of {choice.candidate.workspace_bytes} bytes"
+        over = f"{choice.name} needs {needed}, which the memory budget of {budget}"
         direct = Candidate(DIRECT, choice.direct_seconds)
         kept[index] = Choice(
             choice.layer, direct, f"{over} does not leave", choice.direct_seconds, choice.measured_seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 from hasten.errors import HastenError, UsageError, VerificationError
 from hasten.tools import bench_lines, bench_plot
-from hasten.tools.arguments import DTYPES, number, one_of, source_options, whole
+from hasten.tools.arguments import DTYPES, number, one_of, source_options, target, whole
 from hasten.tools.bench_implementations import IMPLEMENTATIONS, Implementation, check_baseline, chosen, parse_names
 from hasten.tools.bench_machine import conditions, gpu, load, pinned, processor, versions
 from hasten.tools.bench_process import MALLOC
@@ -25,8 +25,9 @@ SUMMARY = (
     "code 5 if one computes something else."
 )
 EXAMPLES = (
-    "hasten bench conv:320-320@64x64,batch=2 group-norm-silu:512@64x64 --threads 2",
     "hasten bench sd15-vae-decoder@latent:1x4x32x32 --implementations eager,inductor,hasten-aoti --plot vae.png",
+    "hasten bench scenes-dit --cache first-block:threshold=0.1 --cache teacache:threshold=0.1,coefficients=1/0 "
+    "--thresholds 0.05,0.1,0.2 --rounds 3 --plot caches.png",
     "hasten bench --render out/bench.jsonl --into BENCHMARKS.md",
 )
 RTOL = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -43,9 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="model name, with sizes as in sd15-vae-decoder@latent:1x4x32x32, or a layer: conv:320-320@64x64,batch=2, "
         "upsample-conv:512-512@64x64, group-norm-silu:128@256x256,groups=32, geglu:320-1280@4096",
     )
-    parser.add_argument(
-        "--set", type=_sets, default=(), metavar="NAME,…", help="rows: layers, models, large"
-    )
+    parser.add_argument("--set", type=_sets, default=(), metavar="NAME,…", help="rows: layers, models, large")
     parser.add_argument(
         "--implementations",
         type=_names,
@@ -70,6 +69,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     timing.add_argument(
         "--malloc", type=one_of(tuple(MALLOC)), default="keep", help="keep freed pages (default), or the system's way"
     )
+    caches = parser.add_argument_group("step caches", "speed against quality, on a bundled model")
+    caches.add_argument("--cache", action="append", metavar="POLICY", help="as for hasten build; may be given again")
+    caches.add_argument("--thresholds", type=_numbers, metavar="X,…", help="instead of the policy's own")
+    caches.add_argument("--steps", type=whole(1), default=50, metavar="N", help="of a run (default 50)")
+    caches.add_argument("--count", type=whole(1), default=16, metavar="N", help="pictures of a run (default 16)")
+    caches.add_argument("--cache-target", type=target, default="aoti:cpu", help="aoti:cpu (default), onnxruntime:cpu")
     output = parser.add_argument_group("results")
     output.add_argument("--jsonl", type=Path, metavar="FILE", help="append one line for each work and implementation")
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf; needs matplotlib)")
@@ -80,6 +85,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _sets(text: str) -> tuple[str, ...]:
     return tuple(one_of(tuple(SETS))(word) for word in text.split(","))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as in 0.05,0.1") from None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -98,6 +110,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         bench_plot.require()
     if args.render is not None:
         return _render(args, console)
+    if args.cache is not None:
+        from hasten.tools import bench_cache
+
+        return bench_cache.run(args, console)
     if args.into is not None:
         raise UsageError("--into is for --render, which makes the tables of a file of JSON lines")
     threads, cpus = pinned(args.threads)

@@ -16,6 +16,8 @@ def relative_error(wanted: Sequence[str], found: Sequence[str]) -> tuple[float |
         x, y = (np.load(file, allow_pickle=False).astype(np.float64) for file in (a, b))
         if x.shape != y.shape:
             return None, f"output {index} has shape {y.shape} instead of {x.shape}"
+        if not np.isfinite(x).all():
+            return None, f"output {index} of the reference holds NaN or infinity"
         if not np.isfinite(y).all():
             return None, f"output {index} holds NaN or infinity"
         norm, error = float(np.linalg.norm(x)), float(np.linalg.norm(y - x))

@@ -29,7 +29,6 @@ SUMMARY = (
     "Build an engine directory: the compiled artifact, and a manifest with what was done and the hash of every file."
 )
 EXAMPLES = (
-    "hasten build scenes-unet --target aoti:cpu -o engines/scenes-unet",
     "hasten build unet.onnx --target onnxruntime:cpu --shapes sample:2x4x64x64 -o engines/unet",
     "hasten build scenes-dit --target aoti:cpu --cache first-block:threshold=0.2 -o engines/scenes-dit-cached",
     "hasten build sd15-unet --reduced --target tensorrt-rtx:sm89,sm120 --dtype float16 -o engines/sd15",

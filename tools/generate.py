@@ -1,20 +1,22 @@
-"""``hasten generate``: the same pictures from a bundled model, plain and optimised, and the time of each."""
+"""``hasten generate``: the same pictures or clips from a bundled model, plain and optimised, and the time of each."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError, UsageError, nearest
-from hasten.tools.arguments import expectations, number, one_of, target, whole
+from hasten.tools.arguments import cache_options, expectations, number, one_of, target, whole
 from hasten.tools.console import Console, duration, table
-from hasten.tools.files import check_folder, replace_text
+from hasten.tools.files import check_folder, replace, replace_text
+from hasten.tools.generate_cached import CachedDenoise, summary
 from hasten.tools.grid import write_rows
+from hasten.tools.quality import psnr
 from hasten.tools.timing import Times, take_turns
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Generate the same pictures with a bundled model, plain and optimised, and compare pictures and times."
 EXAMPLES = (
-    "hasten generate scenes-unet -o out/",
+    "hasten generate scenes-unet -o out/ --steps 50 --cache easycache:threshold=0.1",
     "hasten generate scenes-dit -o out/ --steps 20 --count 4 --labels 0,5,10,15 --target onnxruntime:cpu",
     "hasten generate scenes-unet -o out/ --against inductor,onnxruntime",
 )
@@ -38,14 +40,25 @@ NO_COMPILER = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="scenes-unet (DDIM) or scenes-dit (Euler's method for flows)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="for pictures, JSON and engine")
+    parser.add_argument(
+        "model", metavar="MODEL", help="scenes-unet (DDIM), scenes-dit or scenes-video (Euler's method for flows)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for pictures (clips: and a GIF), JSON and engine",
+    )
     parser.add_argument("--target", type=target, help="aoti:cpu, or onnxruntime:cpu where there is no C++ compiler")
     parser.add_argument("--steps", type=whole(1), default=25, help="solver steps (default 25)")
     parser.add_argument("--guidance", type=number, default=2.0, help="classifier-free guidance (default 2; 1: none)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the noise (default 0)")
-    parser.add_argument("--count", type=whole(1), default=8, help="pictures (default 8)")
-    parser.add_argument("--labels", type=_labels, metavar="N,…", help="classes, 0 to 15, instead of all in turn")
+    parser.add_argument("--count", type=whole(1), default=8, help="pictures or clips (default 8)")
+    parser.add_argument(
+        "--labels", type=_labels, metavar="N,…", help="classes, 0 to 15 (clips: to 47), instead of all in turn"
+    )
     parser.add_argument(
         "--repeat", type=whole(1), default=20, metavar="N", help="timed steps of each, taking turns (default 20)"
     )
@@ -53,16 +66,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--against", type=_against, default=(), metavar="NAME,…", help="more baselines: inductor, onnxruntime"
     )
     parser.add_argument("--expect", type=expectations, default={}, metavar="RULE=N,…", help="as for hasten build")
+    cache_options(parser)
 
 
 def _labels(text: str) -> list[int]:
-    from hasten.models.scenes.data import CLASSES
-
     words = text.split(",")
-    if not all(w.isdecimal() and int(w) < len(CLASSES) for w in words):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of classes from 0 to {len(CLASSES) - 1}, as in 0,5,10"
-        )
+    if not all(w.isdecimal() for w in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of classes, as in 0,5,10")
     return [int(w) for w in words]
 
 
@@ -83,32 +93,38 @@ class Contender:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Build, warm up, generate in turns, compare, write."""
     from hasten.models.registry import BUNDLED, get
-    from hasten.models.scenes.data import CLASSES
+    from hasten.models.scenes.adapters import specification
+    from hasten.models.scenes.subject import subject
 
     if args.model not in BUNDLED:
         raise UsageError(
             f"{args.model!r} is no bundled model; there are {', '.join(BUNDLED)}.{nearest(args.model, BUNDLED)}"
         )
-    labels = args.labels or [(5 * i) % len(CLASSES) for i in range(args.count)]
+    classes = subject(specification(args.model)).classes
+    labels = args.labels or [(21 * i) % len(classes) for i in range(args.count)]
+    if max(labels) >= len(classes):
+        raise UsageError(
+            f"argument --labels: {','.join(map(str, labels))!r} is not a list of classes from 0 to {len(classes) - 1}, "
+            "as in 0,5,10"
+        )
     labels = [labels[i % len(labels)] for i in range(args.count)]
     folder = check_folder(args.output)
     chosen = _target(args.target, console)
     network_batch = args.count * (1 if args.guidance == 1 else 2)
-    adapter = replace(get(args.model), batch=network_batch)
+    adapter = dataclasses.replace(get(args.model), batch=network_batch)
     module = adapter.module()
     started = time.perf_counter()
-    optimised, report = _optimised(adapter, chosen, folder, args.expect, console)
+    optimised, report = _optimised(adapter, chosen, folder, args, console)
     build_seconds = time.perf_counter() - started
     contenders = [Contender(BASELINE, module), Contender(f"hasten ({chosen})", optimised)]
     contenders += [Contender(name, _other(name, adapter, module, console)) for name in args.against]
     _generate(contenders, adapter, labels, args, console)
     _time(contenders, adapter, args.repeat, console)
-    document = _document(contenders, args, labels, chosen, report, build_seconds)
-    stem = f"{args.model}"
-    pictures, results = folder / f"{stem}.png", folder / f"{stem}.json"
-    rows = {c.label: c.pictures for c in contenders[:2]}
-    write_rows(rows, [CLASSES[n] for n in labels], pictures)
-    document["outputs"] = [str(pictures), str(results), str(folder / stem)]
+    cache = _cache(optimised, adapter, labels, args)
+    document = _document(contenders, args, labels, chosen, report, cache, build_seconds)
+    results = folder / f"{args.model}.json"
+    shown = _write_pictures(contenders[:2], [classes[n] for n in labels], folder / args.model)
+    document["outputs"] = [str(path) for path in (*shown, results, folder / args.model)]
     import json
 
     replace_text(results, json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -134,18 +150,30 @@ def _target(asked: str | None, console: Console) -> str:
 
 
 def _optimised(
-    adapter: Adapter, chosen: str, folder: Path, expect: Mapping[str, int], console: Console
+    adapter: Adapter, chosen: str, folder: Path, args: argparse.Namespace, console: Console
 ) -> tuple[Denoise, dict[str, Any]]:
     """The optimised network, and its report."""
     if chosen == "inductor:cpu":
+        if args.cache is not None:
+            raise UsageError("--cache: for engines; take --target aoti:cpu or onnxruntime:cpu")
         return _compiled(adapter, "hasten"), {}
     from hasten.backends.build import build
 
     out = folder / adapter.name
     with console.progress(f"building {out} for {chosen}") as tell:
         engine = build(
-            adapter, target=chosen, out=out, overwrite=True, expect={**adapter.expected, **expect}, progress=tell
+            adapter,
+            target=chosen,
+            out=out,
+            overwrite=True,
+            expect={**adapter.expected, **args.expect},
+            cache=args.cache,
+            cache_form=args.cache_form,
+            region=args.region,
+            progress=tell,
         )
+    if args.cache is not None:
+        return CachedDenoise(engine, args.steps), dict(engine.report)
     names = [t.name for t in engine.inputs]
 
     def denoise(*tensors: torch.Tensor) -> torch.Tensor:
@@ -206,6 +234,8 @@ def _generate(
     with console.progress("generating") as tell:
         for i, contender in enumerate(contenders):
             tell(contender.label, i / len(contenders))
+            if isinstance(contender.denoise, CachedDenoise):
+                contender.denoise.begin()
             contender.pictures = generate(
                 contender.denoise, adapter, labels, steps=args.steps, guidance=args.guidance, seed=args.seed
             )
@@ -213,21 +243,56 @@ def _generate(
                 raise HastenError(f"{contender.label} made pictures with NaN or infinity")
 
 
+def _write_pictures(contenders: Sequence[Contender], columns: Sequence[str], stem: Path) -> list[Path]:
+    """Write a row for each contender: pictures as PNG; clips as film strips that run downwards, and as GIF."""
+    import torch
+
+    picture, film = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".gif")
+    rows = {c.label: c.pictures for c in contenders}
+    if next(iter(rows.values())).ndim == 4:
+        write_rows(rows, columns, picture)
+        return [picture]
+    from hasten.models.scenes.generate import write_gif
+
+    write_rows({label: clips.transpose(1, 2).flatten(2, 3) for label, clips in rows.items()}, columns, picture)
+    both = torch.cat(list(rows.values()))
+    replace(film, lambda partial: write_gif(both, partial, columns=len(columns)))
+    return [picture, film]
+
+
 def _time(contenders: Sequence[Contender], adapter: Adapter, repeat: int, console: Console) -> None:
     """One call of the network, which is what a step costs, by turns; all are warm from the pictures."""
     import torch
 
     inputs = tuple(adapter.example_inputs().values())
-    calls = [lambda denoise=c.denoise: denoise(*inputs) for c in contenders]
+    calls = [_call(c.denoise, inputs, repeat) for c in contenders]
     with torch.no_grad(), console.progress("timing"):
         for contender, times in zip(contenders, take_turns(calls, repeat), strict=True):
             contender.times = times
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]; None where they are equal."""
-    error = (a.double() - b.double()).square().mean().item()
-    return 10 * math.log10(4 / error) if error else None
+def _cache(denoise: Denoise, adapter: Adapter, labels: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
+    """What the step cache did and what it gained; empty without one."""
+    if not isinstance(denoise, CachedDenoise):
+        return {}
+    import torch
+
+    from hasten.models.scenes.generate import generate
+
+    def run() -> object:
+        return generate(denoise, adapter, labels, steps=args.steps, guidance=args.guidance, seed=args.seed)
+
+    with torch.no_grad():
+        return denoise.report(run, tuple(adapter.example_inputs().values()), args.repeat)
+
+
+def _call(denoise: Denoise, inputs: Sequence[torch.Tensor], repeat: int) -> Callable[[], object]:
+    """One step; a computed one where there is a step cache, whose reused steps are timed apart."""
+    if not isinstance(denoise, CachedDenoise):
+        return lambda: denoise(*inputs)
+    run = denoise.engine.start(8 * repeat, mask="1" * (8 * repeat))
+    given = dict(zip(denoise.names, inputs, strict=True))
+    return lambda: run(force=1, **given)
 
 
 def _document(
@@ -236,6 +301,7 @@ def _document(
     labels: Sequence[int],
     chosen: str,
     report: Mapping[str, Any],
+    cache: Mapping[str, Any],
     build_seconds: float,
 ) -> dict[str, Any]:
     baseline = contenders[0]
@@ -260,7 +326,8 @@ def _document(
         "guidance": args.guidance,
         "seed": args.seed,
         "labels": list(labels),
-        "skipped_steps": 0,
+        "skipped_steps": cache.get("skipped_steps", 0),
+        "cache": cache,
         "build_seconds": build_seconds,
         "results": rows,
         "rules": report.get("rules", []),
@@ -276,11 +343,13 @@ def _show(contenders: Sequence[Contender], document: Mapping[str, Any], console:
         shown.add_row(row["name"], duration(row["seconds_per_step"]["median"]), *(cells if i else ("", "", "")))
     count = len(document["labels"])
     solver = "DDIM" if document["model"] == "scenes-unet" else "flow Euler"
+    made = "clips" if contenders[0].pictures.ndim == 5 else "pictures"
     console.show(
-        f"{document['model']}: {count} pictures, {document['steps']} {solver} steps, "
+        f"{document['model']}: {count} {made}, {document['steps']} {solver} steps, "
         f"guidance {document['guidance']:g}; {len(contenders[0].times.seconds)} timed steps of each, taking turns",
         "",
         shown,
+        *(summary(document["cache"]) if document["cache"] else ()),
         "",
         f"wrote {', '.join(document['outputs'])}",
     )

@@ -9,15 +9,24 @@ from typing import Any
 from hasten.errors import UsageError
 from hasten.passes.rule import MissSite, Report, RuleReport, Site
 from hasten.tools import page
-from hasten.tools.arguments import DTYPES, choice_options, one_of, passes, rule_options, source_options, target
+from hasten.tools.arguments import (
+    DTYPES,
+    cache_options,
+    choice_options,
+    one_of,
+    passes,
+    rule_options,
+    source_options,
+    target,
+)
 from hasten.tools.console import Console
 from hasten.tools.report import Findings, choices_table, heading, misses_table, operators_table, rules_table
 from hasten.tools.source import ENGINE, MODEL, ONNX, PROGRAM, resolve
 
 SUMMARY = "Show a graph's operators and costs, what the rules match in it, and what they nearly match and why not."
 EXAMPLES = (
-    "hasten inspect scenes-unet",
-    "hasten inspect unet.onnx --shapes sample:1x4x64x64 --html unet.html",
+    "hasten inspect unet.onnx --shapes sample:1x4x64x64 --html unet.html --expect attention=32",
+    "hasten inspect scenes-dit --cache first-block:threshold=0.1",
     "hasten inspect sd15-unet --reduced --expect attention=32,group-norm-act.silu=45",
 )
 OPERATORS = 24
@@ -37,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source_options(parser)
     rule_options(parser)
     choice_options(parser)
+    cache_options(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -44,12 +54,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.html is not None and not args.html.parent.is_dir():
         raise UsageError(f"cannot write {args.html}: there is no folder {args.html.parent}; create it first")
     source = resolve(args.source, kinds=(ONNX, PROGRAM, MODEL, ENGINE), reduced=args.reduced, weights=args.weights)
+    if args.cache_form is not None:
+        raise UsageError("--cache-form is for hasten build; inspect shows the region, which is the same in every form")
     if source.kind == ENGINE:
+        if args.cache is not None:
+            raise UsageError(f"--cache: '{source.text}' is an engine, and what it caches is in its notes; leave it out")
         found = _engine(source.path)
     else:
         from hasten.tools.rewrite import rewrite
 
-        found = rewrite(source, args, console).findings
+        rewritten = rewrite(source, args, console)
+        found = rewritten.findings
+        if args.cache is not None:
+            found.report.notes.extend(_cached(rewritten.graph, source.kind == ONNX, args))
     if args.html is not None:
         page.write(found, args.html)
         found.report.outputs = [str(args.html)]
@@ -71,6 +88,16 @@ def _show(found: Findings, console: Console) -> None:
         console.show(f"note: {note}")
     for written in report.outputs:
         console.show(f"wrote {written}")
+
+
+def _cached(graph: Any, onnx: bool, args: argparse.Namespace) -> list[str]:
+    """What a step cache would leave out of ``graph``, what it would look at, and the size of what it would keep."""
+    from hasten.backends.region import find_cut, find_cut_onnx
+    from hasten.passes.steps.catalog import parse
+
+    policy = parse(args.cache)
+    found = (find_cut_onnx if onnx else find_cut)(graph, policy, args.region)
+    return [f"step cache {policy.name}: {line}" for line in found.lines]
 
 
 def _engine(path: Path) -> Findings:

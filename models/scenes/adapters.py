@@ -1,9 +1,10 @@
-"""`scenes-unet` and `scenes-dit`: the two bundled models, with trained weights."""
+"""`scenes-unet`, `scenes-dit` and `scenes-video`: the bundled models, with trained weights."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hasten.errors import HastenError, UsageError
 from hasten.models.adapter import Adapter
 from hasten.models.dit import DIT
 from hasten.models.family import Family
+from hasten.models.latte import LATTE
 from hasten.models.unet import CLASS
 
 FOLDER = Path(__file__).parent
@@ -20,12 +22,16 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Bundled:
-    """A trained model: its family, and the stem of its configuration and weights in this folder."""
+    """A trained model: its family, and the stem of its configuration and weights in this folder.
+
+    ``sizes`` are what the configuration does not say and the family would get wrong.
+    """
 
     stem: str
     family: Family
     description: str
     expected: dict[str, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 MODELS = {
@@ -37,6 +43,13 @@ MODELS = {
     ),
     "scenes-dit": Bundled(
         "dit", DIT, "class-conditional transformer of 32 x 32 scenes, rectified flow", {"attention": 6}
+    ),
+    "scenes-video": Bundled(
+        "video",
+        LATTE,
+        "video transformer of 8 frames of 32 x 32 scenes, told shape, colour and speed, rectified flow",
+        {"attention": 9},
+        {"text": 3},
     ),
 }
 
@@ -55,7 +68,7 @@ def adapter(name: str, *, reduced: bool = False, processor: str = "sdpa") -> Ada
         name=name,
         description=model.description,
         config=spec["config"],
-        sizes=model.family.sizes,
+        sizes={**model.family.sizes, **model.sizes},
         expected=model.expected,
         trained=True,
         processor=processor,

@@ -20,7 +20,7 @@ CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 NULL_CLASS = len(CLASSES)
 """The label that stands for "no class" under classifier-free guidance."""
 
-_RGB = np.array([[0.90, 0.12, 0.12], [0.10, 0.75, 0.20], [0.15, 0.25, 0.95], [0.98, 0.85, 0.10]], np.float32)
+RGB = np.array([[0.90, 0.12, 0.12], [0.10, 0.75, 0.20], [0.15, 0.25, 0.95], [0.98, 0.85, 0.10]], np.float32)
 
 
 class Scenes(NamedTuple):
@@ -42,8 +42,25 @@ def render(count: int, seed: int, size: int = 32, labels: npt.NDArray[np.int64] 
     radius = rng.uniform(0.24, 0.36, count)
     centre = rng.uniform(radius + 0.04, 0.96 - radius, (2, count))
     tilt = rng.uniform(-0.3, 0.3, count)
-    tint = np.clip(_RGB[colour] + rng.uniform(-0.08, 0.08, (count, 3)), 0, 1)
+    tint = np.clip(RGB[colour] + rng.uniform(-0.08, 0.08, (count, 3)), 0, 1)
 
+    return Scenes(paint(shape, radius, tilt, tint, background(rng, count, size), centre), labels.astype(np.int64))
+
+
+def paint(
+    shape: npt.NDArray[np.int64],
+    radius: npt.NDArray[np.float64],
+    tilt: npt.NDArray[np.float64],
+    tint: npt.NDArray[np.float64],
+    background: npt.NDArray[np.float64],
+    centre: npt.NDArray[np.float64],
+) -> Array:
+    """Paint a shape on each background (N, 3, S, S) in [0, 1]; the pictures are float32 in [-1, 1].
+
+    ``tint`` is (N, 3) in [0, 1]; ``radius`` (N,) and ``centre`` (2, N), x before y, are parts of the picture's width;
+    ``tilt`` (N,) is in radians.
+    """
+    size = background.shape[-1]
     axis = (np.arange(size) + 0.5) / size
     dx = axis[None, None, :] - centre[0][:, None, None]
     dy = axis[None, :, None] - centre[1][:, None, None]
@@ -51,13 +68,13 @@ def render(count: int, seed: int, size: int = 32, labels: npt.NDArray[np.int64] 
     x, y = cos * dx + sin * dy, cos * dy - sin * dx
     inside = _signed_distance(shape, x, y, radius[:, None, None])
     cover = np.clip(0.5 - inside * size, 0, 1)[:, None]
+    picture = background * (1 - cover) + tint[:, :, None, None] * cover
+    return (picture * 2 - 1).astype(np.float32)
 
-    picture = _background(rng, count, axis) * (1 - cover) + tint[:, :, None, None] * cover
-    return Scenes((picture * 2 - 1).astype(np.float32), labels.astype(np.int64))
 
-
-def _background(rng: np.random.Generator, count: int, axis: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Blend two greyish colours linearly along a random direction."""
+def background(rng: np.random.Generator, count: int, size: int) -> npt.NDArray[np.float64]:
+    """Blend two greyish colours linearly along a random direction, (count, 3, size, size) in [0, 1]."""
+    axis = (np.arange(size) + 0.5) / size
     grey = rng.uniform(0.25, 0.75, (2, count, 1))
     ends = np.clip(grey + rng.uniform(-0.08, 0.08, (2, count, 3)), 0, 1)
     angle = rng.uniform(0, 2 * np.pi, count)[:, None, None]

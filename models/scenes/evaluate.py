@@ -1,7 +1,7 @@
-"""``python -m hasten.models.scenes.evaluate unet|dit``: how many pictures show what was asked for.
+"""``python -m hasten.models.scenes.evaluate unet|dit|video``: how many pictures show what was asked for.
 
-The independent classifier judges generated pictures and freshly rendered ones with the same labels. What it says is
-kept in ``quality.json``, next to the weights.
+The independent classifier judges generated pictures and freshly rendered ones with the same labels; of clips, their
+motion is measured besides. What comes of it is kept in ``quality.json``, next to the weights.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from hasten.models.registry import get
-from hasten.models.scenes import classifier
-from hasten.models.scenes.data import CLASSES, COLOURS, render
+from hasten.models.scenes import classifier, motion
+from hasten.models.scenes.adapters import specification
+from hasten.models.scenes.data import COLOURS
 from hasten.models.scenes.generate import Denoise, generate
+from hasten.models.scenes.subject import subject
 
 FOLDER = Path(__file__).parent
 QUALITY = FOLDER / "quality.json"
@@ -35,26 +37,33 @@ def evaluate(
     seed: int = 0,
     denoise: Denoise | None = None,
 ) -> dict[str, Any]:
-    """Judge ``count`` pictures of ``scenes-<name>``, classes in turn; ``denoise`` is its module unless given."""
+    """Judge ``count`` outputs of ``scenes-<name>``, classes in turn; ``denoise`` is its module unless given."""
     adapter = get(f"scenes-{name}")
     denoise = denoise or adapter.module()
-    label = torch.arange(count) % len(CLASSES)
+    drawn = subject(specification(adapter.name))
+    label = torch.arange(count) % len(drawn.classes)
     chunks = [
         generate(denoise, adapter, part, steps=steps, guidance=guidance, seed=seed + i)
         for i, part in enumerate(label.split(CHUNK))
     ]
-    judge = classifier.load()
-    real = torch.from_numpy(render(count, classifier.HELD_OUT + 1, labels=label.numpy()).images)
-    shape, colour = label // len(COLOURS), label % len(COLOURS)
+    real, _ = drawn.render(count, classifier.HELD_OUT + 1, label.numpy())
     return {
-        "generated": classifier.accuracy(judge, torch.cat(chunks), shape, colour),
-        "real": classifier.accuracy(judge, real, shape, colour),
+        "generated": marks(torch.cat(chunks), label),
+        "real": marks(torch.from_numpy(real), label),
         "steps": steps,
         "guidance": guidance,
         "count": count,
         "seed": seed,
         "training_steps": training_steps(name),
     }
+
+
+def marks(pixels: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+    """Judge pictures (B, 3, 32, 32) or clips (B, F, 3, 32, 32), as `classifier.accuracy` and `motion.accuracy` do."""
+    judge = classifier.load()
+    if pixels.ndim == 5:
+        return motion.accuracy(judge, pixels, label)
+    return classifier.accuracy(judge, pixels, label // len(COLOURS), label % len(COLOURS))
 
 
 def training_steps(name: str) -> int | None:
@@ -77,17 +86,18 @@ def keep(name: str, result: dict[str, Any], path: Path = QUALITY) -> None:
 
 def table(name: str, result: dict[str, Any]) -> str:
     """Spell a result as a table."""
-    lines = [f"scenes-{name}: {result['count']} pictures, {result['steps']} steps, guidance {result['guidance']:g}"]
-    lines += [f"{'':10}{'shape':>8}{'colour':>8}{'both':>8}"]
+    made = "clips" if "speed" in result["real"] else "pictures"
+    lines = [f"scenes-{name}: {result['count']} {made}, {result['steps']} steps, guidance {result['guidance']:g}"]
+    lines += [f"{'':10}" + "".join(f"{mark:>8}" for mark in result["real"])]
     for kind in ("generated", "real"):
-        lines.append(f"{kind:10}" + "".join(f"{result[kind][k]:8.3f}" for k in ("shape", "colour", "both")))
+        lines.append(f"{kind:10}" + "".join(f"{value:8.3f}" for value in result[kind].values()))
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m hasten.models.scenes.evaluate", description=__doc__)
-    parser.add_argument("model", choices=["unet", "dit"])
+    parser.add_argument("model", choices=["unet", "dit", "video"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--count", type=int, default=256)

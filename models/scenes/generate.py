@@ -1,7 +1,7 @@
-"""Make pictures with a scenes model, and write them to a file.
+"""Make pictures or clips with a scenes model, and write them to a file.
 
-The noise is a function of the seed and the picture's number alone: a baseline and an optimised network start from the
-same pictures, and so does a larger batch.
+The noise is a function of the seed and the picture's or clip's number alone: a baseline and an optimised network
+start from the same noise, and so does a larger batch.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn import functional as F
 
 from hasten.errors import UsageError
 from hasten.models.adapter import Adapter
 from hasten.models.scenes.adapters import MODELS, specification
-from hasten.models.scenes.data import CLASSES, NULL_CLASS
+from hasten.models.scenes.subject import subject
 from hasten.passes.solvers.ddim import ddim
 from hasten.passes.solvers.flow_euler import flow_euler
 from hasten.passes.solvers.sample import sample
 from hasten.passes.solvers.table import SolverTable
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents, times, labels) -> prediction: the adapter's module, or what a compiler made of it."""
+"""(latents, times, labels or captions) -> prediction: the adapter's module, or what a compiler made of it."""
+MILLISECONDS = 120
+"""How long a GIF shows a frame."""
 
 
 def solver(adapter: Adapter, steps: int) -> SolverTable:
-    """Return a scenes model's table: DDIM for the UNet, Euler's method for the rectified flow."""
+    """Return a scenes model's table: DDIM for the UNet, Euler's method for the rectified flows."""
     spec = _specification(adapter)
     if spec["objective"] == "v_prediction":
         return ddim(steps, schedule=spec["schedule"], prediction="v_prediction", spacing="trailing", compat=None)
-    return flow_euler(steps)
+    return flow_euler(steps, shift=spec.get("shift", 1))
 
 
 def initial_noise(adapter: Adapter, count: int, seed: int) -> torch.Tensor:
-    """Draw the unit noise of pictures, (count, C, H, W) float32; that of picture i depends on ``seed`` and i alone."""
+    """Draw unit noise, (count, C, [F,] H, W) float32; that of picture or clip i depends on ``seed`` and i alone."""
     shape = adapter.inputs[0].shape[1:]
     generators = (torch.Generator().manual_seed((seed << 24) + i) for i in range(count))
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -54,23 +56,26 @@ def generate(
     device: torch.device | str = "cpu",
     callback: Callable[[int, float, torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
-    """Generate one picture a label; returns (B, 3, 32, 32) float32 in [-1, 1], on the CPU.
+    """Generate one picture a label, (B, 3, 32, 32), or one clip, (B, F, 3, 32, 32); float32 in [-1, 1], on the CPU.
 
     Classifier-free guidance (Ho & Salimans, 2207.12598): the network sees a batch of 2 B, first with the labels and
     then without, and ``f = f_without + guidance * (f_with - f_without)``. At guidance 1 it sees the labelled half
     alone.
     """
     spec = _specification(adapter)
+    drawn = subject(spec)
     label = torch.as_tensor(labels, dtype=torch.int64, device=device)
-    if label.ndim != 1 or not ((label >= 0) & (label < len(CLASSES))).all():
-        raise UsageError(f"generate: labels are a list of numbers from 0 to {len(CLASSES) - 1}; {labels} was given")
+    if label.ndim != 1 or not ((label >= 0) & (label < len(drawn.classes))).all():
+        raise UsageError(
+            f"generate: labels are a list of numbers from 0 to {len(drawn.classes) - 1}; {labels} was given"
+        )
     guided = guidance != 1
-    both = torch.cat([label, torch.full_like(label, NULL_CLASS)]) if guided else label
+    condition = drawn.condition(torch.cat([label, torch.full_like(label, drawn.null_class)]) if guided else label)
 
     def predict(x: torch.Tensor, time: float) -> torch.Tensor:
         x = torch.cat([x, x]) if guided else x
         times = torch.full((len(x),), time, dtype=torch.float32, device=device)
-        prediction = denoise(x, times, both).float()
+        prediction = denoise(x, times, condition).float()
         if not guided:
             return prediction
         with_label, without = prediction.chunk(2)
@@ -79,15 +84,38 @@ def generate(
     noise = initial_noise(adapter, len(label), seed).to(device)
     with torch.no_grad():
         latents = sample(predict, solver(adapter, steps), noise, callback=callback)
-    return F.pixel_shuffle(latents, spec["unshuffle"]).clamp(-1, 1).cpu()
+    return drawn.pixels(latents, spec["unshuffle"]).clamp(-1, 1).cpu()
 
 
 def write_grid(images: torch.Tensor, path: str | Path, *, columns: int | None = None, scale: int = 4) -> Path:
-    """Write pictures (B, 3, H, W) in [-1, 1] as one PNG, row by row, each pixel ``scale`` pixels wide."""
+    """Write pictures (B, 3, H, W) in [-1, 1] as one PNG, row by row, each pixel ``scale`` pixels wide.
+
+    Clips (B, F, 3, H, W) are written as film strips, a clip a row.
+    """
     from PIL import Image
 
+    if images.ndim == 5:
+        columns, images = images.shape[1], images.flatten(0, 1)
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise UsageError(f"write_grid: pictures are (B, 3, H, W); {tuple(images.shape)} was given")
+    sheet = Image.fromarray(_sheet(images, columns, scale))
+    return _replace(path, lambda part: sheet.save(part, format="PNG"))
+
+
+def write_gif(clips: torch.Tensor, path: str | Path, *, columns: int | None = None, scale: int = 4) -> Path:
+    """Write clips (B, F, 3, H, W) in [-1, 1] as one animated GIF that shows them beside each other, for ever."""
+    from PIL import Image
+
+    if clips.ndim != 5 or clips.shape[2] != 3 or 0 in clips.shape:
+        raise UsageError(f"write_gif: clips are (B, F, 3, H, W); {tuple(clips.shape)} was given")
+    first, *others = (Image.fromarray(_sheet(frame, columns, scale)) for frame in clips.unbind(1))
+    return _replace(
+        path,
+        lambda part: first.save(part, format="GIF", save_all=True, append_images=others, duration=MILLISECONDS, loop=0),
+    )
+
+
+def _sheet(images: torch.Tensor, columns: int | None, scale: int) -> npt.NDArray[np.uint8]:
     columns = min(columns or round(len(images) ** 0.5) or 1, len(images))
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     rows = -(-len(images) // columns)
@@ -96,9 +124,13 @@ def write_grid(images: torch.Tensor, path: str | Path, *, columns: int | None = 
     for i, picture in enumerate(pixels):
         row, column = divmod(i, columns)
         sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
+    return sheet.repeat(scale, 0).repeat(scale, 1)
+
+
+def _replace(path: str | Path, save: Callable[[Path], Any]) -> Path:
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1)).save(part, format="PNG")
+    save(part)
     os.replace(part, path)
     return path
 

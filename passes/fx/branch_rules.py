@@ -1,7 +1,8 @@
 """Whether the ``torch.cond`` nodes of a graph keep to what a target can compile, before its compiler is asked.
 
 Most are torch's own rules, which it tells in words of its tracer or not at all: what a branch returns must have one
-type, shape and layout, and memory of its own; nothing in a branch may write in place or draw random numbers.
+type, shape and layout, and memory of its own; nothing in a branch may write to what it is given, or draw random
+numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 
 from hasten.passes.branch_rule import DEEPEST, Violation, refuse
 from hasten.passes.fx.call import mutates
-from hasten.passes.fx.view import call_name, fake
+from hasten.passes.fx.view import FxView, call_name, fake
 
 
 def require(module: fx.GraphModule, target: str) -> None:
@@ -45,7 +46,8 @@ def violations(module: fx.GraphModule, target: str, depth: int = 0, path: str = 
         found += _outputs(branches, where)
         for branch, label in zip(branches, ("true", "false"), strict=True):
             inside = f"{where}.{label}/"
-            found += [v for inner in branch.graph.nodes for v in _inner(inner, inside)]
+            view = FxView(branch)
+            found += [v for inner in branch.graph.nodes for v in _inner(inner, inside, view)]
             found += _aliases(branch, inside)
             found += violations(branch, target, depth + 1, inside)
     return found
@@ -84,12 +86,14 @@ def _outputs(branches: list[fx.GraphModule], where: str) -> Iterator[Violation]:
             yield Violation(where, "strides", f"{what} the strides {a.stride()} and {b.stride()}", todo)
 
 
-def _inner(node: fx.Node, path: str) -> Iterator[Violation]:
+def _inner(node: fx.Node, path: str, view: FxView) -> Iterator[Violation]:
     where = f"{path}{node.name}"
-    if mutates(node, call_name(node)):
-        yield Violation(where, "in-place", f"{node.target} writes in place", "use the form that returns a new tensor")
+    if mutates(node, call_name(node)) and _root(node).op in ("placeholder", "get_attr"):
+        found = f"{node.target} writes in place to memory from outside"
+        yield Violation(where, "in-place", found, "use the form that returns a new tensor")
     tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
+    # What the view knows draws nothing: dropout in evaluation is the identity.
+    if torch.Tag.nondeterministic_seeded in tags and view.op(node) is None:
         todo = "draw them before the conditional and pass them in"
         yield Violation(where, "random", f"{node.target} draws random numbers", todo)
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:

@@ -29,13 +29,17 @@ class FxFlow:
         return [n for n in self.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
 
     def inputs(self) -> Mapping[str, fx.Node]:
-        return {str(n.target): n for n in self.graph.find_nodes(op="placeholder") if not _is_parameter(n)}
+        given = (n for n in self.graph.find_nodes(op="placeholder") if not _is_parameter(n))
+        return {str(n.target): n for n in given if isinstance(fake(n), torch.Tensor)}
 
     def outputs(self) -> Sequence[fx.Node]:
         return list(self.graph.find_nodes(op="output")[0].all_input_nodes)
 
     def operands(self, value: fx.Node, /) -> tuple[fx.Node, ...]:
         return tuple(value.all_input_nodes)
+
+    def made_with(self, value: fx.Node, /) -> tuple[fx.Node, ...]:
+        return (value,)
 
     def name(self, value: fx.Node, /) -> str:
         return call_name(value)

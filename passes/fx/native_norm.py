@@ -13,29 +13,22 @@ from typing import Any
 from hasten.passes.fx.graph import FxGraph
 from hasten.passes.fx.view import fake
 from hasten.passes.ops.native import build
-from hasten.passes.pattern import GraphView, Match, Op, Var
+from hasten.passes.pattern import GraphView, Match
 from hasten.passes.pipeline import Context
 from hasten.passes.rule import Rule, RuleReport, apply
+from hasten.passes.rules import norm_operands
 
 NAME = "native-group-norm"
 SMALLEST = 1 << 16
 """Elements of a map below which a call of its own costs more than it saves."""
-
-_NORM = Op(
-    "group_norm_act",
-    (Var("x"), *(Var(n, optional=True) for n in ("weight", "bias", "scale", "shift"))),
-    binds=("norm_groups", "norm_eps", "norm_act"),
-)
 
 
 def _guard(view: GraphView[Any], found: Match[Any]) -> str | None:
     x = fake(found["x"])
     if x.device.type != "cpu" or str(x.dtype) != "torch.float32":
         return f"the map is {view.dtype(found['x'])} on {x.device.type}; the kernel is for float32 on a CPU"
-    for name in ("weight", "bias", "scale", "shift"):
-        value = found.values.get(name)
-        if value is not None and view.dtype(value) != "float32":
-            return f"{name} is {view.dtype(value)}, not float32"
+    if (why := norm_operands.unfit(view, found)) is not None:
+        return why
     if found.attrs["norm_act"] not in ("none", "silu"):
         return f"the kernel has no {found.attrs['norm_act']}"
     if not all(isinstance(n, int) for n in x.shape):
@@ -46,7 +39,7 @@ def _guard(view: GraphView[Any], found: Match[Any]) -> str | None:
 
 
 def _replace(view: GraphView[Any], found: Match[Any], root: Any) -> Any:
-    operands = [found["x"], *(found.values[n] for n in ("weight", "bias", "scale", "shift"))]
+    operands = [found["x"], *norm_operands.values(found)]
     attrs = {"groups": found.attrs["norm_groups"], "eps": found.attrs["norm_eps"]}
     affine = view.emit("group_norm_affine", operands, attrs, at=root)
     return view.emit("apply_affine", [found["x"], affine], {"act": found.attrs["norm_act"]}, at=root)
@@ -54,7 +47,7 @@ def _replace(view: GraphView[Any], found: Match[Any], root: Any) -> Any:
 
 _RULE = Rule(
     name=NAME,
-    spellings=(("norm", _NORM),),
+    spellings=(("norm", norm_operands.pattern()),),
     guard=_guard,
     replace=_replace,
     anchors=frozenset({"group_norm_act"}),

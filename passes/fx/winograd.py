@@ -3,7 +3,8 @@
 Two steps: every site is described and a chooser answers, under the limits on memory and error that all sites share;
 then the chosen ones are rewritten, with the norm before and the addition behind fused into the same pass over memory.
 Weights that the graph holds are transformed now, in float64; weights that are inputs of it (torch.compile) at the
-first call, and again when they change.
+first call, and again when they change. Writes through ``.data`` or numpy to single numbers of a weight of more than
+2**18 may go unnoticed (`hasten.passes.ops.winograd_conv2d` says what is compared).
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from hasten.passes.fx.graph import FxGraph
 from hasten.passes.fx.layers import layer_at
 from hasten.passes.fx.view import FxView, fake
 from hasten.passes.ops.native import build
+from hasten.passes.ops.native.schemas import CHUNK_BYTES
 from hasten.passes.ops.winograd_conv2d import select
 from hasten.passes.pattern import GraphView, Match
 from hasten.passes.pipeline import Context
-from hasten.passes.rule import Rule, RuleReport, apply
+from hasten.passes.rule import MissSite, Rule, RuleReport, apply
+from hasten.passes.rules import norm_operands
 from hasten.passes.rules import winograd_conv2d as rules
 
 NAME = "winograd-conv2d"
@@ -47,7 +50,7 @@ class WinogradConv2d:
             return RuleReport(NAME)
         job = _Job(graph, context)
         job.choose()
-        return job.rewrite()
+        return job.tell(job.rewrite())
 
 
 class _Job:
@@ -65,6 +68,8 @@ class _Job:
         )
         self.choices: dict[tuple[int, fx.Node], Choice] = {}
         self.refusals: dict[fx.Node, str] = {}
+        self.made: dict[tuple[int, fx.Node], fx.Node] = {}
+        self.reasons: dict[tuple[int, fx.Node], str] = {}
         self.weights: dict[tuple[int, str, int, bool], fx.Node] = {}
 
     def choose(self) -> None:
@@ -86,15 +91,7 @@ class _Job:
                     choice = replace(choice, reason=why)
                 keys.append((number, node))
                 found.append(choice)
-        kept = within_budget(found, self.limits.memory_budget)
-        if any(c.name != DIRECT for c in kept):
-            self.context.notes.append(
-                f"{sum(c.name != DIRECT for c in kept)} convolutions spread a NaN or an infinity over a whole tile; "
-                "with strict-nan they keep the library's implementation"
-            )
-        for key, choice in zip(keys, kept, strict=True):
-            self.choices[key] = choice
-            self.context.choices.append((key[1].name, choice))
+        self.choices = dict(zip(keys, within_budget(found, self.limits.memory_budget), strict=True))
 
     def rewrite(self) -> RuleReport:
         report = RuleReport(NAME)
@@ -108,8 +105,27 @@ class _Job:
                 variant=partial(self._variant, number),
             )
             report += apply(rule, view, fuel=self.context.fuel, verify=self.context.verify)
+        alive = [set(view.graph.nodes) for view in self.views]
+        self.made = {key: new for key, new in self.made.items() if new in alive[key[0]]}  # others were taken back
         self._drop_weights()
         return report
+
+    def tell(self, report: RuleReport) -> RuleReport:
+        """Say which choices were carried out; the others are misses, each with its reason."""
+        misses = []
+        for (number, node), choice in self.choices.items():
+            if choice.name != DIRECT and (number, node) not in self.made:
+                why = self.reasons.get((number, node), "it was not reached, or its replacement was taken back")
+                misses.append(MissSite(self.views[number].where(node), why))
+                direct = Candidate(DIRECT, choice.direct_seconds)
+                choice = Choice(choice.layer, direct, why, choice.direct_seconds, choice.measured_seconds)
+            self.context.choices.append((node.name, choice))
+        if self.made:
+            self.context.notes.append(
+                f"{len(self.made)} convolutions spread a NaN or an infinity over a whole tile; with strict-nan they "
+                "keep the library's implementation"
+            )
+        return replace(report, misses=report.misses + tuple(misses))
 
     def _drop_weights(self) -> None:
         """Let go of weights that are only kept transformed now."""
@@ -132,7 +148,12 @@ class _Job:
             return self.refusals.get(found["conv"], "no choice was made for it")
         if choice.name == DIRECT:
             return choice.reason
-        return rules.obstacle(view, found, found["conv"])
+        why = rules.obstacle(view, found, found["conv"])
+        if why is None and self.device == "cpu" and "norm_groups" in found.attrs:
+            why = norm_operands.unfit(view, found, rules.NORM_PREFIX)
+        if why is not None:
+            self.reasons[number, found["conv"]] = why
+        return why
 
     def _replace(self, number: int, view: FxView, found: Match[Any], root: fx.Node) -> fx.Node:
         choice = self.choices[number, found["conv"]]
@@ -140,7 +161,7 @@ class _Job:
         assert form is not None
         x, norm, act_in = found["x"], None, "none"
         if "norm_groups" in found.attrs:
-            operands = [x, *(found.values[f"norm_{n}"] for n in ("weight", "bias", "scale", "shift"))]
+            operands = [x, *norm_operands.values(found, rules.NORM_PREFIX)]
             attrs = {"groups": found.attrs["norm_groups"], "eps": found.attrs["norm_eps"]}
             norm, act_in = view.emit("group_norm_affine", operands, attrs, at=root), found.attrs["norm_act"]
         pads, mode = rules.padding(found)
@@ -151,12 +172,14 @@ class _Job:
             "padding": pads,
             "padding_mode": mode,
             "act_in": act_in,
-            "act_out": "silu" if (made := view.op(root)) is not None and made.name == "silu" else "none",
-            "workspace": select.CHUNK_BYTES,
+            "act_out": "silu" if (last := view.op(root)) is not None and last.name == "silu" else "none",
+            "workspace": CHUNK_BYTES,
         }
         weight = self._weight(view, found["weight"], form, number)
         inputs = [x, weight, found.values["bias"], norm, found.values.get("other")]
-        return view.emit("winograd_conv2d", inputs, attrs, at=root)
+        made = view.emit("winograd_conv2d", inputs, attrs, at=root)
+        self.made[number, found["conv"]] = made
+        return made
 
     def _weight(self, view: FxView, weight: fx.Node, form: select.Form, number: int) -> fx.Node:
         """The transformed weights, where the graph holds the weights; the weights where they come in from outside."""

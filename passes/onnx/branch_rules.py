@@ -34,7 +34,7 @@ def require(model: onnx.ModelProto, target: str) -> None:
 def violations(graph: OnnxGraph, target: str) -> list[Violation]:
     """Every violation of ``target``'s branch rules; the target's operators must be in place already."""
     tensorrt = target.partition(":")[0] in ("tensorrt", "tensorrt-rtx")
-    found = []
+    found: list[Violation] = []
     for scope in graph.scopes:
         for node in scope.graph.nodes:
             if node.op == "If" and not node.domain:

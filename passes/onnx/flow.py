@@ -35,6 +35,9 @@ class OnnxFlow:
     def operands(self, value: str, /) -> tuple[str, ...]:
         return tuple(dict.fromkeys(_reads(self.view.node(value))))
 
+    def made_with(self, value: str, /) -> tuple[str, ...]:
+        return tuple(t.name for t in self.view.node(value).outputs if t.name)
+
     def name(self, value: str, /) -> str:
         return operator_name(self.view.node(value))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hasten.errors import UsageError
 
 # The library must live as long as the process: torch unregisters its operators when it is collected.
 LIBRARY = torch.library.Library("hasten", "FRAGMENT")
@@ -27,12 +30,21 @@ def register_opaque(schema: str, implementation: Callable[..., Tensor], fake: Ca
     """Define ``hasten::<schema>`` as an operator that compilers call and do not look into.
 
     ``implementation`` serves every device that no kernel is registered for (`passes.ops.native` has the CPU's);
-    ``fake`` gives shape, type and memory format. Compilers may hand over operands in any memory format.
+    ``fake`` gives shape, type and memory format. Compilers may hand over operands in any memory format. There is no
+    backward pass: asking for one raises `UsageError`, rather than leaving gradients out.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     LIBRARY.impl(name, fake, "Meta")
+
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise UsageError(
+            f"hasten::{name} has no backward pass: optimised modules are for inference; train the original module, or "
+            "torch.compile it with backend 'hasten', which leaves graphs that need gradients alone"
+        )
+
+    torch.library.register_autograd(f"hasten::{name}", backward, lib=LIBRARY)
 
 
 def runs_eagerly(x: Tensor) -> bool:

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hasten.passes.pattern import As, GraphView, Match, OneOf, Op, Pattern, Var
+from hasten.passes.rules import norm_operands
 
 _BINDS = ("stride", "padding", "dilation", "groups")
-_NORM = Op(
-    "group_norm_act",
-    (Var("x", rank=4), *(Var(n, optional=True) for n in ("norm_weight", "norm_bias", "norm_scale", "norm_shift"))),
-    binds=("norm_groups", "norm_eps", "norm_act"),
-)
+NORM_PREFIX = "norm_"
+_NORM = norm_operands.pattern(NORM_PREFIX, rank=4)
 _WEIGHTS = (Var("weight", rank=4), Var("bias", optional=True))
 MODES = {"pad": "zeros", "pad_reflect": "reflect", "pad_replicate": "replicate", "pad_circular": "circular"}
 
@@ -48,14 +46,7 @@ def _epilogue(conv: Pattern, around: str) -> Pattern:
 
 
 def obstacle(view: GraphView[Any], found: Match[Any], root: Any) -> str | None:
-    """Why the site is not one that the operator computes."""
-    kernel = (view.shape(found["weight"]) or ())[2:]
-    if kernel != (3, 3):
-        return f"the kernel is {kernel}, not (3, 3)"
-    if "stride" in found.attrs:
-        for key, value in {"stride": (1, 1), "dilation": (1, 1), "groups": 1}.items():
-            if found.attrs[key] != value:
-                return f"the convolution's {key} is {found.attrs[key]}, not {value}"
+    """Why the operator does not compute the site, whose convolution is a `hasten.passes.choice.Layer`."""
     pads = found.attrs.get("pads")
     if pads is not None and (len(pads) != 4 or not all(isinstance(p, int) and p >= 0 for p in pads)):
         return f"the map is padded by {tuple(pads)}, not by whole numbers on its last two axes"

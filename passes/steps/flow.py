@@ -51,6 +51,9 @@ class DataFlow(Protocol[V]):
     def operands(self, value: V, /) -> tuple[V, ...]:
         """What the node that makes ``value`` reads, numbers left out."""
 
+    def made_with(self, value: V, /) -> tuple[V, ...]:
+        """Everything that the node makes which makes ``value``."""
+
     def name(self, value: V, /) -> str:
         """The operator that makes ``value``."""
 

@@ -20,7 +20,7 @@ from hasten.passes.steps.policy import Policy
 from hasten.passes.steps.skips import find_skips, skip_pairs
 from hasten.passes.steps.span import SMALLEST, Kind, Refusal, Region, Tap
 from hasten.passes.steps.stack import Stack, find_stack
-from hasten.passes.steps.taps import denoised_input, find_signal, find_tap
+from hasten.passes.steps.taps import denoised_input, find_signal, find_tap, time_input
 from hasten.passes.steps.wish import Wish
 
 
@@ -120,7 +120,7 @@ def _region(flow: Flow[V], wish: Wish, draft: _Draft[V]) -> Region[V] | Refusal:
         return Refusal(f"what the decision looks at depends on {flow.view.where(early)}, the result of the region")
     given = {*pairs.after, *pairs.extra}
     outside = flow.above(flow.outputs, given) | flow.above(pairs.before, given) | needed
-    inside = [v for v in flow.values if v not in outside]
+    inside = [v for v in flow.values if not any(m in outside for m in flow.data.made_with(v))]
     if problem := _effects(flow, set(inside), pairs):
         return Refusal(problem)
     work, total = flow.flops(inside), flow.flops(flow.values)
@@ -141,6 +141,7 @@ def _region(flow: Flow[V], wish: Wish, draft: _Draft[V]) -> Region[V] | Refusal:
         blocks=draft.blocks,
         signal=signal if isinstance(signal, Tap) else None,
         tap=tap if isinstance(tap, Tap) else None,
+        time=time_input(flow, wish.time),
         no_residual=pairs.no_residual,
         names={v: flow.view.where(v) for v in named},
         kinds={v: _kind(flow, v) for v in named},

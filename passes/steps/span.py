@@ -56,7 +56,8 @@ class Region(Generic[V]):
     the region. ``extra``: other values made inside and read outside, to be kept as they were. ``live_in``: what the
     inside reads from outside, parameters left out. ``inside``: what need not be made where ``after`` and ``extra`` are
     given, in order; the signal and what it needs are outside. ``blocks``: first (from 0), last (left out) and number
-    of all. ``no_residual``: why ``after - before`` is no payload, None where it is one; the value itself always is.
+    of all. ``time``: the input that is the timestep, where it can be told. ``no_residual``: why ``after - before`` is
+    no payload, None where it is one; the value itself always is.
     """
 
     granularity: str
@@ -70,6 +71,7 @@ class Region(Generic[V]):
     blocks: tuple[int, int, int] | None
     signal: Tap[V] | None
     tap: Tap[V] | None
+    time: str | None
     no_residual: str | None
     names: Mapping[V, str] = field(repr=False)
     kinds: Mapping[V, Kind] = field(repr=False)
@@ -78,6 +80,11 @@ class Region(Generic[V]):
     def share(self) -> float:
         """The part of the graph's operations that is inside."""
         return self.flops / max(1, self.total_flops)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a decision on the signal depends on the timestep alone: it is a mask, known before the run."""
+        return self.signal is not None and self.signal.inputs == {self.time}
 
     def slot_bytes(self, slot: Slot, stream: int = 0) -> int:
         """The size of one array of state, with its copies; that of a pair of streams is a pair's own."""
@@ -122,6 +129,8 @@ class Region(Generic[V]):
                     f"{use} looks at {tap.name}: {shown[tap.value]}, {_shape(self.kinds[tap.value])}, "
                     f"from {', '.join(sorted(tap.inputs)) or 'nothing'}"
                 )
+        if self.foldable:
+            lines.append("the decision depends on the timestep alone: it can be a mask, made before the run")
         if policy is not None:
             lines.append(f"state of {policy.name}: {self.state_bytes(policy) / 1e6:.3g} MB")
         return lines

@@ -7,6 +7,7 @@ CogVideoX) the text is a stream beside the picture's.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,11 +64,8 @@ class Stack(Generic[V]):
     @cached_property
     def _own(self) -> list[V]:
         """The main stream's source at every boundary."""
-        first = next(s for v, s in self._first_parts() if v == self.main)
+        first = next(source for stream, source in self._held(self.blocks[0].steps[0].x) if stream == self.main)
         return [first, *(b.steps[-1].value for b in self.blocks)]
-
-    def _first_parts(self) -> Iterator[tuple[int, V]]:
-        return self._held(self.blocks[0].steps[0].x)
 
     @cached_property
     def _depth(self) -> dict[V, int]:
@@ -108,8 +106,9 @@ def find_stack(flow: Flow[V]) -> Stack[V] | str:
             found.append((flow.flops(inside), inside, stack))
     if not found:
         return "no residual stream with repeated blocks was found"
-    found.sort(key=lambda f: (f[0], flow.place(f[2].blocks[-1].steps[-1].value)))
-    work, inside, best = found[-1]
+    most = max(work for work, _, _ in found)
+    alike = [f for f in found if f[0] >= _ALIKE * most]
+    work, inside, best = max(alike, key=lambda f: _elements(flow, f[2].blocks[-1].steps[-1].value))
     elsewhere = {v for _, other, _ in found for v in other} - inside
     if flow.flops(elsewhere) > work:
         return (
@@ -117,6 +116,14 @@ def find_stack(flow: Flow[V]) -> Stack[V] | str:
             f"{work / max(1, flow.flops(flow.values)):.0%} of the operations"
         )
     return best
+
+
+_ALIKE = 0.98
+"""Streams of one joint model lie over nearly the same work; the main one is the larger, the picture or the video."""
+
+
+def _elements(flow: Flow[V], value: V) -> int:
+    return math.prod(flow.data.sizes(value) or ())
 
 
 def _inside(stack: Stack[V]) -> set[V] | None:

@@ -7,6 +7,7 @@ added before, as a position embedding, is no part of it; what is added to it lat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
@@ -66,7 +67,7 @@ class Streams(Generic[V]):
     def _point(self, value: V) -> Point[V] | None:
         moved = self.flow.moved(value)
         if moved is not None:
-            return self._moved(value, moved) if moved in self.points else self.points.get(value)
+            return self._moved(value, moved) if moved in self.points else None
         op = self.flow.view.op(value)
         if op is not None and op.name == "add":
             return self._added(value, op.inputs[0], op.inputs[1])
@@ -98,6 +99,8 @@ class Streams(Generic[V]):
             if source is not None:
                 if x not in self.points:
                     self._start(x, value)
+                if set(self.streams_of(x)) & set(self.streams_of(change)):
+                    return None  # what blocks made of x is added to it: they end here
                 return self._step(value, x, change, self.flow.path(source, change))
         for x, change in ((a, b), (b, a)):
             if x in self.points and change not in self.points and self.flow.view.shape(x) == shape:
@@ -129,16 +132,21 @@ class Streams(Generic[V]):
         return _at(point, value)
 
     def _start(self, x: V, first: V) -> None:
-        """A new stream at ``x``, or above the moves before it where the layer already reads that."""
+        """A new stream at ``x``, or above the moves before it where the layer already reads that, or it is on one."""
         moves = [x]
-        while (above := self.flow.moved(moves[-1])) is not None and self._read_below(above, moves[-1], first):
+        while (above := self.flow.moved(moves[-1])) is not None:
+            if above not in self.points and not self._read_below(above, moves[-1], first):
+                break
             moves.append(above)
-        origin = moves.pop()
-        self.points[origin] = self._new(origin)
+            if above in self.points:
+                break
+        above = moves.pop()
+        if above not in self.points:
+            self.points[above] = self._new(above)
         while moves:
-            point = self._moved(moves[-1], origin)
-            origin = moves.pop()
-            self.points[origin] = point if point is not None else self._new(origin)
+            point = self._moved(moves[-1], above)
+            above = moves.pop()
+            self.points[above] = point if point is not None else self._new(above)
 
     def _read_below(self, above: V, move: V, first: V) -> bool:
         users = [u for u in self.flow.users.get(above, ()) if u != move and self.flow.place(u) < self.flow.place(first)]
@@ -184,10 +192,7 @@ def _transposed(point: Point[V], sizes: tuple[int, ...], perm: tuple[int, ...]) 
 
 def _same_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
     """Where an axis is after a reshape that keeps it whole."""
-    outer = 1
-    for size in before[:axis]:
-        outer *= size
-    reached = 1
+    outer, reached = math.prod(before[:axis]), 1
     for place, size in enumerate(after):
         if reached == outer and size == before[axis]:
             return place

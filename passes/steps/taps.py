@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hasten.passes.steps.blocks import attends
 from hasten.passes.steps.flow import Flow, V
 from hasten.passes.steps.pairs import choose_pairs
 from hasten.passes.steps.span import Refusal, Tap
@@ -136,7 +137,8 @@ def attention_residual(stack: Stack[V]) -> V:
     repeated = [[b for b in stack.blocks if b.kind == k] for k in kinds]
     alternate = len(kinds) == 2 and stack.blocks[0].kind != stack.blocks[1].kind
     blocks = repeated[1] if alternate else list(stack.blocks)
-    return blocks[(len(blocks) - 1) // 2].steps[0].change
+    steps = blocks[(len(blocks) - 1) // 2].steps
+    return next((s for s in steps if attends(stack.flow, s)), steps[0]).change
 
 
 def ungated(flow: Flow[V], step: Step[V]) -> V:

@@ -119,5 +119,5 @@ def test_blocks_that_are_asked_for(adapter: Adapter, tmp_path: Any) -> None:
 
 def test_a_graph_without_blocks_is_refused(tmp_path: Any) -> None:
     decoder = registry.get("sd15-vae-decoder", reduced=True)
-    with pytest.raises(HastenError, match="teacache finds nothing to skip in this graph: no residual stream"):
+    with pytest.raises(HastenError, match="teacache finds nothing to skip in this graph: "):
         hasten.build(decoder, target="onnxruntime:cpu", out=tmp_path / "none", cache=POLICIES[0])

@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Four blocks over the 36 pixels of a (B, 4, 6, 6) image."""
+    """Four blocks over the pixels of a (B, 4, height, width) image."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Transformer(nn.Module):
         h, emb = self.inward(x.flatten(2).transpose(1, 2)), self.time(t[:, None]).sin()
         for block in self.blocks:
             h = block(h, emb)
-        return self.outward(h).transpose(1, 2).unflatten(2, (6, 6))
+        return self.outward(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def transformer() -> nn.Module:
@@ -129,6 +129,34 @@ def test_masks_thresholds_and_other_batches(tmp_path: Any) -> None:
     x, t = (given.numpy() for given in examples(3))
     (result,) = engine.start(2)(x=x, t=t).values()
     assert result.shape == (3, 4, 6, 6)
+
+
+def test_a_state_whose_size_is_a_product_of_the_inputs_sizes(tmp_path: Any) -> None:
+    height, width = (torch.export.Dim(name, min=2, max=64) for name in ("height", "width"))
+    program = capture(transformer(), examples(), {}, ({2: height, 3: width}, None))
+    flat = flatten(program.module(check_guards=False), program)
+    model = onnx_from_graph(flat.module, flat.example_inputs, 20, flat.dynamic_shapes)
+    rename(model, [t.name for t in flat.inputs], ["sample"])
+    engine = hasten.build(model, target="onnxruntime:cpu", out=tmp_path / "e", cache=TEACACHE)
+    _, tokens, _ = next(s["shape"] for s in engine.manifest.state if s["name"] == "cache_residual")
+    assert "*" in tokens
+    x = np.random.default_rng(0).normal(size=(4, 4, 3, 5)).astype(np.float32)
+    run, t = engine.start(3, mask="101"), np.ones(4, np.float32)
+    first, second, third = (run(x=x + np.float32(step), t=t)["sample"] for step in range(3))
+    assert first.shape == (4, 4, 3, 5)
+    with torch.no_grad():
+        wanted = transformer()(torch.from_numpy(x + np.float32(2)), torch.from_numpy(t)).numpy()
+    np.testing.assert_allclose(third, wanted, atol=2e-4)
+    assert np.abs(second - first).max() > 1e-3
+
+
+def test_a_size_that_does_not_follow_from_the_inputs(tmp_path: Any) -> None:
+    model = somebodys()
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    batch.Clear()
+    model.graph.ClearField("value_info")
+    with pytest.raises(HastenError, match=r"^XX "):
+        hasten.build(model, target="onnxruntime:cpu", out=tmp_path / "e", cache=TEACACHE)
 
 
 def test_a_schedule_known_before_the_run_makes_no_branch(tmp_path: Any) -> None:

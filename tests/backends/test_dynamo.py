@@ -109,7 +109,10 @@ def test_inductor_compiles_what_was_rewritten(block: nn.Module) -> None:
 
 # Options
 
-OURS = "passes, skip, fuel, expect, verify, strict, tune, memory_budget, max_error, strict_nan, half, dump"
+OURS = (
+    "passes, skip, fuel, expect, verify, strict, tune, memory_budget, max_error, strict_nan, half, cache, cache_form, "
+    "cache_time, region, dump"
+)
 
 
 @pytest.mark.parametrize(

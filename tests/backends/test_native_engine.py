@@ -1,6 +1,7 @@
 """An engine whose package calls the C++ kernels brings them along."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -50,7 +51,9 @@ def test_the_library_is_in_the_manifest(engine):
     assert build.LIBRARY in engine.manifest.files
     (choice,) = engine.report["choices"]
     assert choice["implementation"] == "winograd-f4"
-    assert "convolutions hold 0.6 MB of transformed weights and 1.6 MB of workspace" in engine.report["notes"]
+    # The workspace is that of all threads of the machine that built it.
+    held = r"convolutions hold 0\.6 MB of transformed weights and \d+\.\d MB of workspace"
+    assert any(re.fullmatch(held, note) for note in engine.report["notes"])
 
 
 def test_it_runs_without_a_compiler_and_without_a_cache(engine, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hasten.backends.tuning_machine import NO_KERNELS, Machine, machine, native_
 from hasten.backends.tuning_runners import TorchRunners
 from hasten.errors import HastenError, UsageError
 from hasten.passes.choice import Candidate, Layer
+from hasten.passes.ops import winograd_conv2d
 
 LAYER = Layer("conv2d", 1, 32, 32, 8, 8)
 DIRECT, F2, F4 = Candidate("direct", 4e-3), Candidate("winograd-f2", 2e-3, 100), Candidate("winograd-f4", 1e-3, 400)
@@ -454,8 +456,25 @@ class TestMachine:
         here = machine("cpu", "abc")
         assert here.versions.startswith(f"torch {torch.__version__}, oneDNN ")
         assert here.versions.endswith(", kernels abc")
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-        assert machine("cpu", "abc").name == f"{here.name} ONEDNN_MAX_CPU_ISA=AVX2"
+        for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, "AVX2")
+                assert machine("cpu", "abc").name == f"{here.name} {name}=AVX2"
+
+    def test_a_gpu_s_versions_change_with_the_sources_of_its_kernels(self, monkeypatch, tmp_path):
+        folder = Path(winograd_conv2d.__file__).parent
+        for name in ("triton.py", "transforms.py", "weights.py"):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+        before = machine("cuda", "abc")
+        assert before.name == "some GPU"
+        assert ", Triton " in before.versions
+        monkeypatch.setattr(winograd_conv2d, "__file__", str(tmp_path / "__init__.py"))
+        assert machine("cuda", "abc") == before
+        with (tmp_path / "triton.py").open("a") as file:
+            file.write("# changed\n")
+        assert machine("cuda", "abc") != before
 
     def test_a_device_that_is_not_there(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -228,7 +228,7 @@ def test_message_says_what_is_wrong(call, message):
 
 def test_names_import_neither_torch_nor_diffusers():
     code = (
-        "import sys; from hasten.models.registry import names; assert len(names()) == 18;"
+        "import sys; from hasten.models.registry import names; assert len(names()) == 19;"
         "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -85,7 +85,10 @@ def test_models_are_read_with_their_sizes():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no source was given; name a model, a layer as in conv:320-320@64x64,batch=2, or --set layers or models;"),
+        (
+            [],
+            "no source was given; name a model, a layer as in conv:320-320@64x64,batch=2, or --set layers",
+        ),
         (
             ["cnov:8-8@4x4"],
             "there is no layer 'cnov'; layers: conv, upsample-conv, group-norm-silu, geglu. Did you mean",
@@ -104,7 +107,7 @@ def test_models_are_read_with_their_sizes():
         ([LAYER, "--implementations", "eagre"], "argument --implementations: there is no implementation 'eagre';"),
         ([LAYER, "--implementations", "eager,eager"], "argument --implementations: implementation 'eager' is named"),
         ([LAYER, "--implementations", "eager", "--baseline", "inductor"], "--baseline 'inductor' is none of eager."),
-        ([LAYER, "--set", "layer"], "argument --set: 'layer' is none of layers, models. Did you mean 'layers'?"),
+        ([LAYER, "--set", "layer"], "argument --set: 'layer' is none of layers, models, large. Did you mean 'layers'?"),
         ([LAYER, "--into", "x.md"], "--into is for --render, which makes the tables of a file of JSON lines"),
         ([LAYER, "--render", "x.jsonl"], "--render makes tables of what was timed before, and takes no source"),
         ([LAYER, "--plot", "x.gif"], "output 'x.gif' must end in .png or .svg or .pdf"),
@@ -353,6 +356,9 @@ def test_errors_of_outputs(tmp_path):
     assert relative_error([a], [short]) == (None, "output 0 has shape (1,) instead of (2,)")
     assert relative_error([zero], [a]) == (None, "output 0 should be zero everywhere and is not")
     assert relative_error([a], [a, b]) == (None, "it gives 2 outputs instead of 1")
+    nan = saved("nan", 3, float("nan"))
+    assert relative_error([a], [nan]) == (None, "output 0 holds NaN or infinity")
+    assert relative_error([a, nan], [b, a]) == (None, "output 1 of the reference holds NaN or infinity")
 
 
 def test_names_of_implementations():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hasten.models.scenes.adapters import FOLDER
 from hasten.tools.cli import main
-from hasten.tools.generate import psnr
+from hasten.tools.quality import psnr
 
 pytestmark = pytest.mark.skipif(
     not (FOLDER / "unet.safetensors").is_file() or not (FOLDER / "dit.safetensors").is_file(),
@@ -81,14 +81,14 @@ def test_dit_where_there_is_no_compiler_says_so(hasten, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sd15-unet"], "'sd15-unet' is no bundled model; there are scenes-unet, scenes-dit."),
+        (["sd15-unet"], "'sd15-unet' is no bundled model; there are scenes-unet, scenes-dit, scenes-video."),
         (
             ["scenes-dti"],
-            "'scenes-dti' is no bundled model; there are scenes-unet, scenes-dit. Did you mean 'scenes-dit'?",
+            "'scenes-dti' is no bundled model; there are scenes-unet, scenes-dit, scenes-video. Did you mean",
         ),
         (
             ["scenes-unet", "--labels", "0,16"],
-            "argument --labels: '0,16' is not a list of classes from 0 to 15, as in 0,5,10 (hasten generate --help)",
+            "argument --labels: '0,16' is not a list of classes from 0 to 15, as in 0,5,10",
         ),
         (
             ["scenes-unet", "--against", "inductr"],

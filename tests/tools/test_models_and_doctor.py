@@ -12,7 +12,7 @@ def test_models_lists_every_name_with_its_patterns(hasten):
     assert rows["sd15-unet"]["parameters"] == 859_520_964
     assert rows["sd15-unet"]["expected"]["attention"] == 32
     assert rows["sd15-unet"]["reduced"] is True
-    assert [n for n, row in rows.items() if row["trained"]] == ["scenes-unet", "scenes-dit"]
+    assert [n for n, row in rows.items() if row["trained"]] == ["scenes-unet", "scenes-dit", "scenes-video"]
 
 
 def test_models_without_diffusers_still_names_them(hasten, monkeypatch):

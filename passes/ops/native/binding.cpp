@@ -1,11 +1,11 @@
-// torch.ops.hasten.*: arguments checked by their Python declaration are checked again here, for packages that call us
-// without Python.
+// torch.ops.hasten.*: every argument is checked here, since calls on the CPU do not pass through the Python declaration.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <bit>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -28,11 +28,45 @@ void check_float(const Tensor& t, const char* name) {
               t.scalar_type(), " on ", t.device());
 }
 
+void check_act(const char* op, c10::string_view act) {
+  TORCH_CHECK(act == "none" || act == "silu", "hasten::", op, ": no activation '", act, "'; give 'none' or 'silu'");
+}
+
+void check_sizes(const char* op, const char* name, const Optional& t, at::IntArrayRef sizes) {
+  if (!t.has_value()) return;
+  check_float(*t, name);
+  TORCH_CHECK(t->sizes() == sizes, "hasten::", op, ": ", name, " has shape ", t->sizes(), "; give ", sizes);
+}
+
+void check_tile(int64_t tile, bool phases) {
+  TORCH_CHECK(tile == 2 || tile == 4 || (tile == 6 && !phases), "hasten::winograd_conv2d: no tile of ", tile,
+              phases ? " for the phases of an upsampled map; tiles: 2, 4" : " for a 3x3 convolution; tiles: 2, 4, 6");
+}
+
+hasten::Padding padding_of(c10::string_view mode, at::IntArrayRef padding, const Tensor& x, bool phases) {
+  for (const int64_t pad : padding)
+    TORCH_CHECK(pad >= 0, "hasten::winograd_conv2d: padding is ", padding, "; give [top, left, bottom, right], from 0 up");
+  if (phases)
+    TORCH_CHECK(mode == "zeros" && padding == at::IntArrayRef({1, 1, 1, 1}),
+                "hasten::winograd_conv2d: an upsampled map is padded by one row of zeros on each side");
+  if (mode == "zeros") return hasten::Padding::zeros;
+  TORCH_CHECK(mode == "reflect" || mode == "replicate" || mode == "circular", "hasten::winograd_conv2d: padding_mode '", mode,
+              "' is none of zeros, reflect, replicate, circular");
+  for (int i = 0; i < 4; ++i) {
+    const int64_t size = x.size(2 + i % 2), most = mode == "reflect" ? size - 1 : mode == "circular" ? size : padding[i];
+    TORCH_CHECK(size > 0 && padding[i] <= most, "hasten::winograd_conv2d: a map of ", x.sizes(), " is too small to be padded by ",
+                padding, " with mode '", mode, "'");
+  }
+  return mode == "reflect"     ? hasten::Padding::reflect
+         : mode == "replicate" ? hasten::Padding::replicate
+                               : hasten::Padding::circular;
+}
+
 Tensor weight_of(const Tensor& weight, int64_t tile, bool phases) {
-  check_float(weight, "weight");
+  check_float(weight, "the weight");
   TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "hasten::winograd_weight: the weight has shape ",
               weight.sizes(), "; give (outputs, channels, 3, 3)");
-  TORCH_CHECK(tile == 2 || tile == 4 || (tile == 6 && !phases), "hasten::winograd_weight: no tile of ", tile);
+  check_tile(tile, phases);
   long shape[6];
   hasten::winograd_weight_shape(weight.size(0), weight.size(1), tile, phases, shape);
   Tensor u = at::empty({shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]}, weight.options());
@@ -43,7 +77,8 @@ Tensor weight_of(const Tensor& weight, int64_t tile, bool phases) {
 }
 
 // Transformed weights of modules whose parameters are inputs of the graph: kept as long as the parameter's storage
-// lives, made again when it was written (its version counter, or a sample of its numbers, changed).
+// lives, made again when it was written (its version counter, or the hash of its numbers, changed). Writes through
+// `.data`, through numpy and to inference tensors count no version: only the hash sees those.
 struct Kept {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   const float* data;
@@ -51,29 +86,46 @@ struct Kept {
   int64_t tile;
   bool phases;
   uint32_t version;
-  uint64_t sample;
+  uint64_t hash;
   Tensor u;
 };
 
-uint64_t sample_of(const Tensor& t) {
-  const float* p = t.const_data_ptr<float>();
-  const int64_t n = t.numel(), step = std::max<int64_t>(1, n / 61);
-  uint64_t hash = 1469598103934665603ull;
-  for (int64_t i = 0; i < n; i += step) {
-    uint32_t bits;
-    std::memcpy(&bits, p + i, sizeof bits);
-    hash = (hash ^ bits) * 1099511628211ull;
+constexpr int64_t PIECE = 32;          // floats that are hashed together: two cache lines
+constexpr int64_t HASHED = 1 << 18;    // floats that are read of one weight: what hides in the time of a layer that large
+
+// Of all numbers, or of `HASHED` and more where there are more: pieces at even steps, of every output at least two.
+uint64_t hash_of(const Tensor& weight) {
+  const Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
+  const float* p = dense.const_data_ptr<float>();
+  const int64_t n = dense.numel(), of_an_output = n / std::max<int64_t>(1, dense.size(0));
+  const int64_t step = std::clamp<int64_t>((n + HASHED - 1) / HASHED, 1, std::max<int64_t>(1, of_an_output / PIECE / 2)) * PIECE;
+  constexpr int W = PIECE / 2;
+  uint64_t lanes[W] = {}, words[W];
+  int64_t i = 0;
+  auto mix = [&] {
+    for (int j = 0; j < W; ++j) lanes[j] = std::rotl(lanes[j] ^ words[j], 29) * 0x9e3779b97f4a7c15ull;
+  };
+  for (; i + PIECE <= n; i += step) {
+    std::memcpy(words, p + i, sizeof words);
+    mix();
   }
+  if (n % PIECE != 0) {  // what is left at the end
+    std::memset(words, 0, sizeof words);
+    std::memcpy(words, p + n / PIECE * PIECE, n % PIECE * sizeof(float));
+    mix();
+  }
+  uint64_t hash = n;
+  for (const uint64_t lane : lanes) hash = std::rotl(hash ^ lane, 29) * 0x9e3779b97f4a7c15ull;
   return hash;
 }
 
 Tensor kept_weight(const Tensor& weight, int64_t tile, bool phases) {
   static std::mutex mutex;
   static std::list<Kept> all;
-  const std::lock_guard<std::mutex> lock(mutex);
-  check_float(weight, "weight");
+  check_float(weight, "the weight");
   const uint32_t version = weight.is_inference() ? 0 : weight.unsafeGetTensorImpl()->version_counter().current_version();
-  const uint64_t sample = weight.is_non_overlapping_and_dense() ? sample_of(weight) : 0;
+  const uint64_t hash = hash_of(weight);
+  const std::lock_guard<std::mutex> lock(mutex);
   for (auto it = all.begin(); it != all.end();) {
     if (it->storage.expired()) {
       it = all.erase(it);
@@ -81,10 +133,10 @@ Tensor kept_weight(const Tensor& weight, int64_t tile, bool phases) {
     }
     if (it->data == weight.const_data_ptr<float>() && it->tile == tile && it->phases == phases &&
         weight.sizes() == it->sizes && weight.strides() == it->strides) {
-      if (it->version != version || it->sample != sample) {
+      if (it->version != version || it->hash != hash) {
         it->u = weight_of(weight, tile, phases);
         it->version = version;
-        it->sample = sample;
+        it->hash = hash;
       }
       all.splice(all.begin(), all, it);  // a model asks in the same order each time: the next one is near the end
       return all.front().u;
@@ -92,7 +144,7 @@ Tensor kept_weight(const Tensor& weight, int64_t tile, bool phases) {
     ++it;
   }
   all.push_front({weight.storage().getWeakStorageImpl(),
-                  weight.const_data_ptr<float>(), weight.sizes().vec(), weight.strides().vec(), tile, phases, version, sample,
+                  weight.const_data_ptr<float>(), weight.sizes().vec(), weight.strides().vec(), tile, phases, version, hash,
                   weight_of(weight, tile, phases)});
   return all.front().u;
 }
@@ -103,6 +155,17 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optional& bi
   check_float(x, "the input");
   TORCH_CHECK(x.dim() == 4 && padding.size() == 4, "hasten::winograd_conv2d: the input has shape ", x.sizes(),
               "; give (batch, channels, height, width) and four paddings");
+  TORCH_CHECK(x.size(1) > 0, "hasten::winograd_conv2d: an input of shape ", x.sizes(), " has no channels");
+  TORCH_CHECK(outputs >= 0, "hasten::winograd_conv2d: there cannot be ", outputs, " outputs");
+  check_tile(tile, phases);
+  check_act("winograd_conv2d", act_in);
+  check_act("winograd_conv2d", act_out);
+  check_float(weight, "the weight");
+  TORCH_CHECK(weight.dim() == 6 || (weight.dim() == 4 && weight.sizes() == at::IntArrayRef({outputs, x.size(1), 3, 3})),
+              "hasten::winograd_conv2d: the weight has shape ", weight.sizes(), "; give [", outputs, ", ", x.size(1),
+              ", 3, 3], or what hasten::winograd_weight made of it");
+  check_sizes("winograd_conv2d", "bias", bias, {outputs});
+  check_sizes("winograd_conv2d", "norm", norm, {3, x.size(0), x.size(1)});
   const Tensor u = weight.dim() == 6 ? weight.contiguous() : kept_weight(weight, tile, phases);
   long shape[6];
   hasten::winograd_weight_shape(outputs, x.size(1), tile, phases, shape);
@@ -112,6 +175,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optional& bi
                 ", which this processor's vectors ask for; build the engine on a processor with the same instructions");
   const long scale = phases ? 2 : 1, taps = phases ? 0 : 2;
   hasten::Conv conv{};
+  conv.padding = padding_of(padding_mode, padding, x, phases);
   conv.n = x.size(0), conv.c = x.size(1), conv.h = x.size(2), conv.w = x.size(3), conv.k = outputs;
   conv.oh = scale * (conv.h + (phases ? 0 : padding[0] + padding[2] - taps));
   conv.ow = scale * (conv.w + (phases ? 0 : padding[1] + padding[3] - taps));
@@ -125,8 +189,6 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optional& bi
   conv.bias = data(flat_bias);
   const Optional flat_norm = norm.has_value() ? Optional(norm->contiguous()) : norm;
   if (flat_norm.has_value()) {
-    TORCH_CHECK(flat_norm->numel() == 3 * conv.n * conv.c, "hasten::winograd_conv2d: norm has shape ", norm->sizes(),
-                "; give (3, batch, channels)");
     conv.origin = data(flat_norm);
     conv.scale = conv.origin + conv.n * conv.c;
     conv.shift = conv.scale + conv.n * conv.c;
@@ -134,8 +196,12 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optional& bi
   Tensor rows;
   if (other.has_value()) {
     check_float(*other, "the added operand");
-    TORCH_CHECK(other->dim() == 4, "hasten::winograd_conv2d: the added operand has shape ", other->sizes());
-    if (other->size(2) == 1 && other->size(3) == 1) {
+    const bool rows_only = other->dim() == 4 && other->size(2) == 1 && other->size(3) == 1;
+    TORCH_CHECK(other->dim() == 4 && (other->size(0) == 1 || other->size(0) == conv.n) && other->size(1) == outputs &&
+                    (rows_only || (other->size(2) == conv.oh && other->size(3) == conv.ow)),
+                "hasten::winograd_conv2d: the added operand has shape ", other->sizes(), "; give that of the result, ", y.sizes(),
+                ", or one number a picture and channel");
+    if (rows_only) {
       rows = other->expand({conv.n, outputs, 1, 1}).contiguous();
       conv.add = rows.const_data_ptr<float>();
     } else {
@@ -146,10 +212,6 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Optional& bi
   }
   conv.y = y.mutable_data_ptr<float>();
   conv.top = padding[0], conv.left = padding[1];
-  conv.padding = padding_mode == "zeros"       ? hasten::Padding::zeros
-                 : padding_mode == "reflect"   ? hasten::Padding::reflect
-                 : padding_mode == "replicate" ? hasten::Padding::replicate
-                                               : hasten::Padding::circular;
   conv.silu_in = act_in == "silu", conv.silu_out = act_out == "silu";
   conv.threads = at::get_num_threads();
   conv.workspace = workspace;
@@ -195,8 +257,23 @@ Tensor dense(const Tensor& x) {
 
 Optional flat(const Optional& t) { return t.has_value() ? Optional(t->contiguous()) : t; }
 
+void check_modulation(const char* name, const Optional& t, const Tensor& x) {
+  if (!t.has_value()) return;
+  check_float(*t, name);
+  TORCH_CHECK(t->dim() == 2 && (t->size(0) == 1 || t->size(0) == x.size(0)) && (t->size(1) == 1 || t->size(1) == x.size(1)),
+              "hasten::group_norm_affine: ", name, " has shape ", t->sizes(), "; give [", x.size(0), ", ", x.size(1),
+              "], with 1 allowed for both");
+}
+
 Tensor group_norm_affine(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& scale,
                          const Optional& shift, int64_t groups, double eps) {
+  check_float(x, "the input");
+  TORCH_CHECK(x.dim() >= 2 && x.size(1) > 0 && groups > 0 && x.size(1) % groups == 0, "hasten::group_norm_affine: an input of shape ",
+              x.sizes(), " has no ", groups, " groups of channels");
+  check_sizes("group_norm_affine", "weight", weight, {x.size(1)});
+  check_sizes("group_norm_affine", "bias", bias, {x.size(1)});
+  check_modulation("scale", scale, x);
+  check_modulation("shift", shift, x);
   const Tensor map = dense(x);
   const Optional w = flat(weight), b = flat(bias);
   Tensor out = at::empty({3, x.size(0), x.size(1)}, x.options());
@@ -206,6 +283,10 @@ Tensor group_norm_affine(const Tensor& x, const Optional& weight, const Optional
 }
 
 Tensor apply_affine(const Tensor& x, const Tensor& affine, c10::string_view act) {
+  check_float(x, "the input");
+  TORCH_CHECK(x.dim() >= 2, "hasten::apply_affine: the input has shape ", x.sizes(), "; give (batch, channels, ...)");
+  check_sizes("apply_affine", "the table", affine, {3, x.size(0), x.size(1)});
+  check_act("apply_affine", act);
   const Tensor map = dense(x), table = affine.contiguous();
   Tensor y = hasten::pooled_empty(map.sizes(), !map.is_contiguous());
   if (y.numel() == 0) return y;

@@ -124,7 +124,8 @@ def fingerprint() -> str:
     for name in (*SOURCES, *HEADERS):
         digest.update((HERE / name).read_bytes())
     compiler = _compiler()
-    for text in (codegen.header(), _schemas(), torch.__version__, compiler, *_flags(compiler), _target(compiler)):
+    flags = (*_flags(compiler), *_link_flags())
+    for text in (codegen.header(), _schemas(), torch.__version__, compiler, *flags, _target(compiler)):
         digest.update(text.encode())
     return digest.hexdigest()[:24]
 
@@ -153,6 +154,11 @@ def _flags(compiler: str) -> list[str]:
     ]
 
 
+def _link_flags() -> list[str]:
+    libraries = Path(torch.__file__).parent / "lib"
+    return [f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+
+
 @cache
 def _target(compiler: str) -> str:
     """The compiler's version and the instructions that it takes this processor to have."""
@@ -173,11 +179,10 @@ def _compile(compiler: str, folder: Path) -> None:
         generated = Path(scratch)
         (generated / "transforms.h").write_text(codegen.header())
         (generated / "schemas.h").write_text(_schemas())
-        libraries = Path(torch.__file__).parent / "lib"
         command = [
             *(compiler, *_flags(compiler), f"-I{generated}", f"-I{HERE}"),
             *(str(HERE / name) for name in SOURCES),
-            *("-o", str(generated / LIBRARY), f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"),
+            *("-o", str(generated / LIBRARY), *_link_flags()),
         ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)

@@ -1,8 +1,9 @@
 // GroupNorm in two passes over memory: per-channel sums, then one multiply-add and the activation.
 //
-// Sums are of x less the channel's first pixel, in float32 over runs of pixels and in float64 across them, so a mean of
-// any size costs no digits; channels are put together with Chan's formula in float64. Channels last, a run of pixels is
-// read once, whole lines at a time, whatever the number of channels in a group.
+// A run of pixels is read twice, the second time from the first-level cache: for a mean, then for sums and squares about
+// it, in float32. Across runs, and across channels, they are put together in float64 with Chan's formula. So neither a
+// large mean nor a first pixel unlike the others costs digits. Channels last, a run of pixels is read whole lines at a
+// time, whatever the number of channels in a group.
 
 #include "group_norm.h"
 
@@ -21,14 +22,29 @@ constexpr long RUN = 64;        // pixels that are summed in float32, channels l
 constexpr long PLANE_RUN = 4096;  // floats of a plane that are summed in float32
 constexpr int UNROLL = 4;       // vectors of channels whose sums are independent
 
-// Sums over the runs [first, last) of one picture, channels last; sums and squares are (C) each.
-void sums_channels_last(const float* x, const float* origin, long c, long first, long last, double* sums, double* squares) {
+// Add what a run of n pixels has about `centre` to sums about `origin`.
+void add_run(double n, double centre, double origin, double s, double q, double* sum, double* square) {
+  const double off = centre - origin;
+  *sum += s + n * off;
+  *square += q + off * (2 * s + n * off);
+}
+
+// Sums over the runs [first, last) of one picture, channels last, about its first pixel; sums and squares are (C) each.
+void sums_channels_last(const float* x, long c, long first, long last, double* sums, double* squares) {
   for (long begin = first; begin < last; begin += RUN) {
     const long end = std::min(begin + RUN, last);
+    const float part = 1.f / (end - begin);
+    const float* start = x + begin * c;
     long ch = 0;
     for (; ch + UNROLL * VL <= c; ch += UNROLL * VL) {
       vf k[UNROLL], s[UNROLL] = {}, q[UNROLL] = {};
-      for (int j = 0; j < UNROLL; ++j) k[j] = load(origin + ch + j * VL);
+      for (int j = 0; j < UNROLL; ++j) k[j] = load(start + ch + j * VL);
+      for (long p = begin; p < end; ++p)
+        for (int j = 0; j < UNROLL; ++j) s[j] += load(x + p * c + ch + j * VL) - k[j];
+      for (int j = 0; j < UNROLL; ++j) {
+        k[j] += s[j] * part;
+        s[j] = vf{};
+      }
       for (long p = begin; p < end; ++p)
         for (int j = 0; j < UNROLL; ++j) {
           const vf d = load(x + p * c + ch + j * VL) - k[j];
@@ -37,45 +53,57 @@ void sums_channels_last(const float* x, const float* origin, long c, long first,
         }
       for (int j = 0; j < UNROLL; ++j)
         for (int l = 0; l < VL; ++l) {
-          sums[ch + j * VL + l] += s[j][l];
-          squares[ch + j * VL + l] += q[j][l];
+          const long at = ch + j * VL + l;
+          add_run(end - begin, k[j][l], x[at], s[j][l], q[j][l], sums + at, squares + at);
         }
     }
     for (; ch < c; ++ch) {
-      float s = 0, q = 0;
+      float k = start[ch], s = 0, q = 0;
+      for (long p = begin; p < end; ++p) s += x[p * c + ch] - start[ch];
+      k += s * part;
+      s = 0;
       for (long p = begin; p < end; ++p) {
-        const float d = x[p * c + ch] - origin[ch];
+        const float d = x[p * c + ch] - k;
         s += d;
         q += d * d;
       }
-      sums[ch] += s;
-      squares[ch] += q;
+      add_run(end - begin, k, x[ch], s, q, sums + ch, squares + ch);
     }
   }
 }
 
-void sums_plane(const float* x, float origin, long pixels, double* sum, double* square) {
-  const vf k = splat(origin);
+double total(const vf* values) {
+  double sum = 0;
+  for (int j = 0; j < UNROLL; ++j)
+    for (int l = 0; l < VL; ++l) sum += values[j][l];
+  return sum;
+}
+
+// Sums over one plane, about its first pixel.
+void sums_plane(const float* x, long pixels, double* sum, double* square) {
   for (long begin = 0; begin < pixels; begin += PLANE_RUN) {
-    const long end = std::min(begin + PLANE_RUN, pixels);
+    const long end = std::min(begin + PLANE_RUN, pixels), whole = end - (end - begin) % (UNROLL * VL);
+    const float first = x[begin];
     vf s[UNROLL] = {}, q[UNROLL] = {};
-    long p = begin;
-    for (; p + UNROLL * VL <= end; p += UNROLL * VL)
+    for (long p = begin; p < whole; p += UNROLL * VL)
+      for (int j = 0; j < UNROLL; ++j) s[j] += load(x + p + j * VL) - first;
+    double mean = total(s);
+    for (long p = whole; p < end; ++p) mean += x[p] - first;
+    const float centre = (float)(first + mean / (end - begin));
+    for (int j = 0; j < UNROLL; ++j) s[j] = vf{};
+    for (long p = begin; p < whole; p += UNROLL * VL)
       for (int j = 0; j < UNROLL; ++j) {
-        const vf d = load(x + p + j * VL) - k;
+        const vf d = load(x + p + j * VL) - centre;
         s[j] += d;
         q[j] += d * d;
       }
-    for (int j = 0; j < UNROLL; ++j)
-      for (int l = 0; l < VL; ++l) {
-        *sum += s[j][l];
-        *square += q[j][l];
-      }
-    for (; p < end; ++p) {
-      const double d = (double)x[p] - origin;
-      *sum += d;
-      *square += d * d;
+    double run_sum = total(s), run_square = total(q);
+    for (long p = whole; p < end; ++p) {
+      const double d = (double)x[p] - centre;
+      run_sum += d;
+      run_square += d * d;
     }
+    add_run(end - begin, centre, x[0], run_sum, run_square, sum, square);
   }
 }
 
@@ -93,14 +121,14 @@ void group_norm_affine(const GroupNorm& norm, float* out) {
       for (int part = 0; part < parts; ++part) {
         const float* x = norm.x + b * pixels * c;
         double* to = sums.data() + (part * n + b) * c * 2;
-        sums_channels_last(x, x, c, pixels * part / parts, pixels * (part + 1) / parts, to, to + c);
+        sums_channels_last(x, c, pixels * part / parts, pixels * (part + 1) / parts, to, to + c);
       }
   } else {
 #pragma omp parallel for num_threads(norm.threads)
     for (long plane = 0; plane < n * c; ++plane) {
       const float* x = norm.x + plane * pixels;
       double* to = sums.data() + plane / c * c * 2 + plane % c;
-      sums_plane(x, x[0], pixels, to, to + c);
+      sums_plane(x, pixels, to, to + c);
     }
   }
   float *origins = out, *scales = out + n * c, *shifts = out + 2 * n * c;

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <map>
+#include <list>
 #include <mutex>
 
 namespace hasten {
@@ -22,20 +22,26 @@ class Pool {
  public:
   void* take(size_t bytes, size_t* held) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto found = idle_.lower_bound(bytes);
+    const size_t rounded = (bytes + PAGE - 1) / PAGE * PAGE;
+    // What is held is whole pages, so it is compared with whole pages. Of two that fit alike the one last used is
+    // likelier to be in the caches.
+    auto found = idle_.end();
+    for (auto it = idle_.begin(); it != idle_.end(); ++it)
+      if (it->held >= rounded && it->held <= rounded + rounded / 4 && (found == idle_.end() || it->held <= found->held))
+        found = it;
     void* p = nullptr;
-    if (found != idle_.end() && found->first <= bytes + bytes / 4) {
-      *held = found->first;
-      p = found->second;
-      idle_bytes_ -= found->first;
+    if (found != idle_.end()) {
+      *held = found->held;
+      p = found->memory;
+      idle_bytes_ -= found->held;
       idle_.erase(found);
     } else {
-      *held = (bytes + PAGE - 1) / PAGE * PAGE;
+      *held = rounded;
       const size_t most = std::max(peak_, used_ + *held);
-      while (!idle_.empty() && used_ + *held + idle_bytes_ > most + most / 10) drop(std::prev(idle_.end()));
+      while (!idle_.empty() && used_ + *held + idle_bytes_ > most + most / 10) drop_oldest();
       p = std::aligned_alloc(PAGE, *held);
       if (p == nullptr) {
-        while (!idle_.empty()) drop(idle_.begin());
+        while (!idle_.empty()) drop_oldest();
         p = std::aligned_alloc(PAGE, *held);
         TORCH_CHECK(p != nullptr, "hasten: there is no memory for a result of ", bytes, " bytes");
       }
@@ -49,19 +55,24 @@ class Pool {
   void give(void* p, size_t held) {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ -= held;
-    idle_.emplace(held, p);
+    idle_.push_back({held, p});
     idle_bytes_ += held;
   }
 
  private:
-  void drop(std::multimap<size_t, void*>::iterator at) {
-    idle_bytes_ -= at->first;
-    std::free(at->second);
-    idle_.erase(at);
+  struct Block {
+    size_t held;
+    void* memory;
+  };
+
+  void drop_oldest() {
+    idle_bytes_ -= idle_.front().held;
+    std::free(idle_.front().memory);
+    idle_.pop_front();
   }
 
   std::mutex mutex_;
-  std::multimap<size_t, void*> idle_;
+  std::list<Block> idle_;  // the longest idle first
   size_t idle_bytes_ = 0, used_ = 0, peak_ = 0;
 };
 

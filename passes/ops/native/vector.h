@@ -60,7 +60,8 @@ static inline vf exp_v(vf x) {
   return p * scale;
 }
 
-// x / (1 + e^-x), to about two units in the last place.
+// x / (1 + e^-x), to about two units in the last place. Below -88 the quotient is less than float32 holds, and what is
+// taken for e^-x no longer grows with x: the result is x * 0, so -0, and NaN of -infinity as torch has it.
 #if defined(__AVX512F__)
 // The division alone would take half of the time: an estimate of the reciprocal and one step of Newton's do not.
 static inline vf silu(vf x) {
@@ -78,10 +79,14 @@ static inline vf silu(vf x) {
   p = p * (r * r) + (r + 1.f);
   const __m512 d = _mm512_scalef_ps(p, n) + 1.f;
   const __m512 q = _mm512_rcp14_ps(d);
-  return (vf)(v * (q * (2.f - d * q)));
+  const __mmask16 known = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-88.f), _CMP_NLT_UQ);
+  return (vf)(v * _mm512_maskz_mov_ps(known, q * (2.f - d * q)));
 }
 #else
-static inline vf silu(vf x) { return x / (exp_v(-x) + 1.f); }
+static inline vf silu(vf x) {
+  const vf y = x / (exp_v(-x) + 1.f);
+  return x < splat(-88.f) ? x * 0.f : y;
+}
 #endif
 
 }  // namespace hasten

@@ -190,7 +190,7 @@ void transform_input(const Conv& conv, const Plan& plan, const Segment& seg, lon
   if (affine) {
     const long at = seg.n * conv.c + cb * LANES;
     for (long c = 0; c < channels; ++c) {
-      origin[c] = conv.origin != nullptr ? conv.origin[at + c] : 0.f;
+      origin[c] = conv.origin[at + c];
       scale[c] = conv.scale[at + c];
       shift[c] = conv.shift[at + c];
     }

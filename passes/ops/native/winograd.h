@@ -11,8 +11,8 @@ struct Conv {
   const float* u;         // (blocks of K, frequencies, C rounded up to 16, block): transformed weights
   const float* bias;      // (K) or null
   const float* origin;    // (N, C) or null: the convolution reads act_in((x - origin) * scale + shift)
-  const float* scale;     // (N, C) or null
-  const float* shift;     // (N, C) or null
+  const float* scale;     // (N, C), null where origin is
+  const float* shift;     // (N, C), null where origin is
   const float* add;       // (N, K) or null, added to every pixel
   const float* residual;  // (N, K, OH, OW) or null
   long rs[4];

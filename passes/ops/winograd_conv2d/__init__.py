@@ -15,7 +15,11 @@ Lavin and Gray, arXiv 1509.09308; the error is that of `transforms.Transform.exp
 spreads over the outputs of the tiles that read it, further than in a direct convolution.
 
 On a CPU the C++ kernels run; they keep what they made of weights of shape (K, C, 3, 3) as long as those live, and make
-it again when they change. Elsewhere torch operators or Triton do.
+it again when they change: when their version counter or the hash of their numbers does. The counter sees every write
+but those through ``.data``, through numpy and to inference tensors. For these up to 2**18 numbers are all hashed, and
+of larger weights about as many, at even steps, 64 or more of every output: a write that changes the whole of any filter
+is noticed, one that changes single numbers may not be; make such writes in place, under ``torch.no_grad()``.
+Elsewhere torch operators or Triton do, and transform weights of that shape anew in every call.
 """
 
 from __future__ import annotations
@@ -32,12 +36,11 @@ from hasten.errors import UsageError
 from hasten.passes.ops import registry
 from hasten.passes.ops.activations import activation
 from hasten.passes.ops.native import build
-from hasten.passes.ops.native.schemas import SCHEMAS
-from hasten.passes.ops.winograd_conv2d import cpu
-from hasten.passes.ops.winograd_conv2d.select import CHUNK_BYTES, LANES
+from hasten.passes.ops.native.schemas import CHUNK_BYTES, SCHEMAS
+from hasten.passes.ops.winograd_conv2d import cpu, select
 from hasten.passes.ops.winograd_conv2d.weights import pack, plain_weight, unpack
 
-TILES = {False: (2, 4, 6), True: (2, 4)}
+TILES = {False: select.TILES["conv2d"], True: select.TILES["upsample_conv2d"]}
 MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -66,7 +69,7 @@ def _weight_fake(weight: Tensor, tile: int, phases: bool = False) -> Tensor:
 def _packing(device: str, dtype: torch.dtype, outputs: int) -> tuple[int, int]:
     """(block of output channels, multiple of input channels) of transformed weights: the kernels', or none."""
     if device in ("cpu", "meta") and dtype == torch.float32 and build.available():
-        return native_block(), LANES
+        return native_block(), select.LANES
     return outputs, 1
 
 
@@ -93,7 +96,7 @@ def _output_shape(
         )
     if mode not in MODES:
         raise UsageError(f"winograd_conv2d: padding_mode {mode!r} is none of {', '.join(MODES)}")
-    if len(padding) != 4:
+    if len(padding) != 4 or any(pad < 0 for pad in padding):
         raise UsageError(f"winograd_conv2d: padding is {list(padding)}; give [top, left, bottom, right]")
     if weight.ndim == 4 and (tuple(weight.shape[2:]) != (3, 3) or weight.shape[0] != outputs):
         raise UsageError(
@@ -153,6 +156,8 @@ def winograd_conv2d(
     shape = _output_shape(x, weight, outputs, tile, phases, padding, padding_mode)
     if 0 in shape or 0 in x.shape:
         return torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
+    # A GPU's weights of four axes are transformed in each call: only where torch.compile passes them in; no kernel's
+    # time there was measured yet, so nothing is kept.
     plain = _plain(weight, tile, phases) if weight.ndim == 4 else unpack(weight, x.shape[1], outputs)
     if x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16):
         from hasten.passes.ops.winograd_conv2d import triton  # Triton is needed on a GPU only

@@ -1,8 +1,7 @@
 """Winograd convolution in torch operators: what runs where the C++ kernels cannot.
 
 Tiles are worked on in strips of whole tile rows, so that transformed tiles never take more than the workspace: untiled,
-a layer of 128 channels at 256x256 was nearly three times slower than the direct convolution (kernels specification,
-0.3).
+a layer of 128 channels at 256x256 was nearly three times slower than the direct convolution.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The candidates of a 3x3 convolution and what the roofline model says each takes (kernels specification, 4.6).
+"""The candidates of a 3x3 convolution and what the roofline model says each takes.
 
 The constants are data, measured on one thread of a 2-core AMD EPYC (Zen 4, AVX-512): oneDNN's direct convolution
 reaches 113 to 119 GFLOP/s, the product of transformed tiles 95 to 109, and the transforms about one nanosecond for a
@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.passes.choice import DIRECT, Candidate, Layer, Limits
+from hasten.passes.ops.native.schemas import CHUNK_BYTES
 from hasten.passes.ops.winograd_conv2d.transforms import Transform, transform
 
 TILES = {"conv2d": (2, 4, 6), "upsample_conv2d": (2, 4)}
 """Output tiles that the kernels have."""
-CHUNK_BYTES = 3 << 20
-"""Transformed tiles that are worked on together: they stay in the caches."""
 BLOCK, LANES = 32, 16
 """Transformed weights are padded to whole blocks of output channels, and to whole vectors of input channels."""
+ROWS, SEGMENT, PRODUCT_BYTES = 14, 32, 400 << 10
+"""Of the kernels: tiles that are multiplied together at most, and transformed together; products of a thread."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,20 @@ def weight_bytes(layer: Layer, f: Form) -> int:
 
 
 def workspace_bytes(layer: Layer, f: Form) -> int:
-    """About what a call holds beside its operands: transformed tiles of a chunk, products of every thread."""
-    tile = 4 * f.frequencies * -(-layer.channels // LANES) * LANES
-    tiles = layer.batch * math.ceil(layer.height / f.tile) * math.ceil(layer.width / f.tile)
-    return min(tiles * tile, max(CHUNK_BYTES, 14 * tile)) + layer.threads * (1 << 19)
+    """The most that a call on any processor holds beside its operands, for a map padded to keep its size.
+
+    Transformed tiles of a chunk, at least `ROWS` or a segment of one row; for each thread at most `PRODUCT_BYTES` of
+    products, and a segment of the map. `ops/native/winograd.cpp` plans the same in `plan_for`.
+    """
+    line = 4 * LANES
+    tile = f.frequencies * -(-layer.channels // LANES) * line
+    columns = math.ceil(layer.width / f.tile)
+    every = layer.batch * math.ceil(layer.height / f.tile) * columns
+    chunk = max(CHUNK_BYTES // tile, ROWS, min(columns, SEGMENT) + ROWS - 1)  # whole rows of the product
+    tiles = min(every + ROWS - 1, chunk)
+    window = f.transform.t + (1 if f.phases else 0)
+    segment = window * (SEGMENT * f.tile + window) * line
+    return tiles * tile + f.frequencies * line + layer.threads * (PRODUCT_BYTES + f.frequencies * line + segment)
 
 
 def predicted(layer: Layer, f: Form | None, machine: Machine = MACHINE) -> float:
@@ -115,6 +126,8 @@ def candidates(layer: Layer, limits: Limits, *, forced: str | None = None) -> tu
         return found, "bfloat16 would lose more than a percent of every output"
     if layer.dtype == "float16" and not limits.half:
         return found, "float16 loses digits in the transforms; it is used when asked for (half)"
+    if layer.dtype == "float16" and layer.device == "cpu":
+        return found, "the C++ kernels compute in float32: on a CPU float16 keeps the library's convolution"
     if layer.dtype not in ("float32", "float16"):
         return found, f"there is no Winograd kernel for {layer.dtype}"
     if limits.strict_nan:

@@ -2,14 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from hasten.errors import HastenError
-from hasten.models.scenes import classifier, evaluate
+from hasten.models.scenes import classifier, clips, evaluate
 from hasten.models.scenes.adapters import specification
 from hasten.models.scenes.data import COLOURS, NULL_CLASS, render
+from hasten.models.scenes.subject import CLIPS
 from hasten.passes.solvers.schedule import alpha_bar
 
 
@@ -66,6 +68,33 @@ def test_evaluate_gives_full_marks_to_a_network_that_knows_and_few_to_one_that_d
         "both": 1 / 16,
     }
     assert NULL_CLASS == 16
+
+
+def test_evaluate_measures_the_motion_of_clips():
+    made = clips.render(48, 5, labels=np.arange(48))
+    clean = CLIPS.latents(torch.from_numpy(made.frames), 2)
+    told = CLIPS.condition(torch.arange(48))
+
+    def network(which):
+        def denoise(x, times, captions):
+            label = (captions[:, None] == told[None]).all((2, 3)).int().argmax(1)
+            return (x - clean[which(label)]) / (times.view(-1, 1, 1, 1, 1) / 1000)
+
+        return denoise
+
+    options = {"steps": 2, "guidance": 1.0, "count": 48}
+    result = evaluate.evaluate("video", denoise=network(lambda label: label), **options)
+    right = result["generated"]
+    assert right["colour"] == right["speed"] == result["real"]["speed"] == 1
+    assert min(right["all"], right["frames"], result["real"]["all"]) > 0.9
+    assert [right[s] for s in clips.SPEEDS] == pytest.approx(clips.PIXELS_A_FRAME, abs=0.02)
+    # As many fast clips as were asked for slow ones, and so on round; shape and colour stay.
+    faster = evaluate.evaluate("video", denoise=network(lambda label: (label + 16) % 48), **options)["generated"]
+    assert (faster["speed"], faster["all"], faster["colour"]) == (0, 0, 1)
+    assert evaluate.table("video", result).splitlines()[:2] == [
+        "scenes-video: 48 clips, 2 steps, guidance 1",
+        "             shape  colour   speed     all  frames  wobble   still    slow    fast",
+    ]
 
 
 def test_results_are_kept_side_by_side_and_printed(tmp_path):

@@ -173,11 +173,11 @@ def test_a_conditional_that_keeps_to_the_rules(target: str) -> None:
             id="random",
         ),
         pytest.param(
-            lambda: conditional(lambda g, x: [call(g, aten.add_.Tensor, call(g, aten.clone.default, x), 1)]),
+            lambda: conditional(lambda g, x: [call(g, aten.clone.default, call(g, aten.add_.Tensor, x, 1))]),
             "aoti:cpu",
             "choose.true/add__tensor",
             "in-place",
-            "aten.add_.Tensor writes in place; use the form that returns a new tensor",
+            "aten.add_.Tensor writes in place to memory from outside; use the form that returns a new tensor",
             id="in-place",
         ),
         pytest.param(

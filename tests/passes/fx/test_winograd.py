@@ -161,12 +161,85 @@ def test_other_convolutions_are_left_alone(convolution, reason):
     assert one(convolution.eval(), torch.randn(1, 32, 9, 9)).hits == 0
 
 
-def test_half_precision_is_left_alone_unless_asked_for():
-    conv = nn.Conv2d(32, 32, 3, padding=1).eval().to(torch.bfloat16)
+FLOAT32_ONLY = "the C++ kernels compute in float32: on a CPU float16 keeps the library's convolution"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half", "reason"),
+    [
+        (torch.float16, False, "float16 loses digits in the transforms; it is used when asked for (half)"),
+        (torch.float16, True, FLOAT32_ONLY),
+        (torch.bfloat16, True, "bfloat16 would lose more than a percent of every output"),
+    ],
+)
+def test_half_precision_keeps_the_library_s_convolution_on_a_cpu(dtype, half, reason):
+    conv, x = nn.Conv2d(64, 64, 3, padding=1).eval().to(dtype), torch.randn(1, 64, 8, 8).to(dtype)
     with torch.no_grad():
-        _, report = hasten.optimize(conv, (torch.randn(1, 32, 8, 8).to(torch.bfloat16),), passes=ALL)
+        module, report = hasten.optimize(conv, (x,), passes=ALL, choosing=Choosing(half=half))
+        assert torch.equal(module(x), conv(x))
     assert report["winograd-conv2d"].hits == 0
-    assert report.choices[0]["reason"] == "bfloat16 would lose more than a percent of every output"
+    assert [c["reason"] for c in report.choices] == [reason]
+
+
+class HalfNorm(nn.Module):
+    """A norm in float32 with a scale and shift in ``dtype``, before a convolution."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3, padding=1)
+        self.scale, self.shift = (nn.Buffer(torch.randn(1, 32).to(dtype)) for _ in range(2))
+
+    def forward(self, x):
+        return self.conv(torch.ops.hasten.group_norm_act(x, None, None, self.scale, self.shift, 4, 1e-5, "silu"))
+
+
+@pytest.mark.parametrize(("dtype", "spelling"), [(torch.float16, "conv"), (torch.float32, "norm-conv")])
+def test_operands_of_a_norm_that_are_not_float32_stay_with_it(dtype, spelling):
+    passes, x = f"{ALL},native-group-norm", torch.randn(1, 32, 64, 64)
+    assert spelled(one(HalfNorm(dtype).eval(), x, passes)) == [("winograd-f4", spelling)]
+
+
+def test_choices_are_those_that_were_carried_out():
+    two = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    with torch.no_grad():
+        _, report = hasten.optimize(two, (torch.randn(1, 32, 8, 8),), passes=ALL, fuel=1)
+    assert report["winograd-conv2d"].hits == 1
+    assert sorted(c["implementation"] for c in report.choices) == ["direct", "winograd-f4"]
+    assert next(n for n in report.notes if "spread a NaN" in n).startswith("1 convolutions spread")
+    (miss,) = report["winograd-conv2d"].misses
+    assert miss.reason == "it was not reached, or its replacement was taken back"
+
+
+def test_a_choice_that_the_guard_refuses_is_a_miss_with_its_reason(monkeypatch):
+    monkeypatch.setattr("hasten.passes.rules.winograd_conv2d.obstacle", lambda view, found, root: "so it is")
+    with torch.no_grad():
+        _, report = hasten.optimize(nn.Conv2d(32, 32, 3).eval(), (torch.randn(1, 32, 8, 8),), passes=ALL)
+    assert [(c["implementation"], c["reason"]) for c in report.choices] == [("direct", "so it is")]
+    assert [m.reason for m in report["winograd-conv2d"].misses] == ["so it is"]
+    assert not any("spread a NaN" in note for note in report.notes)
+
+
+def test_gradients_through_an_optimised_module_are_refused():
+    conv, x = nn.Conv2d(32, 32, 3, padding=1).eval(), torch.randn(1, 32, 8, 8)
+    module, _ = hasten.optimize(conv, (x,), passes=ALL)
+    loss = module(x.requires_grad_()).sum()
+    with pytest.raises(UsageError, match="hasten::winograd_conv2d has no backward pass: optimised modules are for"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("where", ["model", "float32"])
+def test_a_bound_on_the_error_is_not_met_by_nan(where):
+    class Bad(nn.Module):
+        def forward(self, x):
+            return x * 2, (x - x) / (x - x) if where == "model" else x * 1e38 * 1e38 * 1e-38
+
+    with torch.no_grad(), pytest.raises(VerificationError) as caught:
+        hasten.optimize(Bad().eval(), (torch.ones(2),), choosing=Choosing(max_error=1e-3))
+    assert str(caught.value).startswith(
+        "max_error: in float64 the model itself gives NaN or infinity on the example inputs"
+        if where == "model"
+        else "max_error 0.001: with the library's own convolutions the model gives NaN or infinity where its float64"
+    )
 
 
 def large():

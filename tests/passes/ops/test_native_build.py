@@ -69,6 +69,12 @@ def test_the_fingerprint_sees_the_sources(monkeypatch, tmp_path):
     assert build.fingerprint.__wrapped__() != before
 
 
+def test_the_fingerprint_sees_what_is_linked(monkeypatch):
+    before = build.fingerprint.__wrapped__()
+    monkeypatch.setattr(build, "_link_flags", lambda: ["-L/elsewhere"])
+    assert build.fingerprint.__wrapped__() != before
+
+
 @pytest.mark.parametrize("name", sorted(build.SCHEMAS))
 def test_every_declared_operator_is_implemented(name):
     import torch

@@ -1,5 +1,6 @@
 """Regions of FX graphs: the blocks that the architecture has, and a split that computes what the whole computes."""
 
+import copy
 import functools
 import itertools
 
@@ -11,9 +12,11 @@ from torch.utils import _pytree
 
 from hasten.errors import UsageError
 from hasten.models import registry
+from hasten.passes import catalog, pipeline
 from hasten.passes.fx.flow import FxFlow
 from hasten.passes.fx.graph import FxGraph
 from hasten.passes.fx.view import FxView
+from hasten.passes.rule import Report
 from hasten.passes.steps.catalog import parse
 from hasten.passes.steps.region import find
 from hasten.passes.steps.wish import Wish
@@ -173,7 +176,6 @@ def check_split(name, region, how="export"):
         (end,) = graph.graph.find_nodes(op="output")
         full.given = reused
         order = [n for n in graph.graph.nodes if n.op != "output"]
-        full.env |= {}
         for node in order:
             full.env[node] = full._one(node)
         for got, want, uncached in zip(
@@ -234,6 +236,7 @@ def test_what_decisions_look_at():
     users = {str(n.target) for u in region.signal.value.users for n in u.all_input_nodes if n.op == "get_attr"}
     assert {"transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn1.to_v.weight"} <= users
     assert region.signal.inputs == {"hidden_states", "timestep"}
+    assert not region.foldable
     stack = region.tap.value.meta["nn_module_stack"]
     assert "temporal_transformer_blocks.1" in [path.split("self_")[-1] for path, _ in stack.values()][-1]
 
@@ -251,6 +254,7 @@ def test_what_decisions_look_at():
 def test_the_embedding_of_the_timestep_depends_on_nothing_else(name, parameter):
     region = find(flow(captured(name)[0]), Wish("stack", signal="time-embedding"))
     assert region.signal.inputs == {"timestep"}
+    assert region.foldable
     assert parameter in near(region, region.signal.value)
     check_split(name, region)
 
@@ -365,6 +369,33 @@ def test_state_and_description():
     assert lines[1] == "stream to -> add_42, float32 (2, 64, 160)"
     assert lines[2].endswith("(2, 64, 160), from class_labels, hidden_states, timestep")
     assert lines[3] == "state of teacache: 0.164 MB"
+
+
+@pytest.mark.parametrize("name", ["scenes-dit", "scenes-video"])
+def test_symbolic_sizes(name):
+    adapter = registry.get(name)
+    shapes = adapter.dynamic_shapes("batch")
+    program = torch.export.export(
+        adapter.module(), (), kwargs=adapter.example_inputs(), dynamic_shapes=shapes, strict=False
+    )
+    region = find(flow(program.module(check_guards=False)), "stack")
+    fixed = find(flow(captured(name)[0]), "stack")
+    assert region.blocks == fixed.blocks
+    assert region.no_residual is None
+    assert region.flops == fixed.flops
+    assert [isinstance(d, str) for d in region.kinds[region.after[0]].shape] == [True, False, False]
+    assert region.signal.inputs == fixed.signal.inputs
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("scenes-dit", 6), ("flux", 7)])
+def test_after_the_rules(name, blocks):
+    graph = copy.deepcopy(captured(name)[0])
+    report = pipeline.run(FxGraph(graph), pipeline.parse(",".join(catalog.default("fx"))), pipeline.Context(), Report())
+    assert sum(rule.hits for rule in report.rules) >= blocks
+    plain, region = find(flow(captured(name)[0]), "stack"), find(flow(graph), "stack")
+    assert region.blocks == (0, blocks, blocks)
+    assert region.flops == plain.flops
+    assert [n.name for n in (*region.before, *region.after)] == [n.name for n in (*plain.before, *plain.after)]
 
 
 class Blocks(nn.Module):

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_a_large_mean_costs_no_digits(channels_last, mean):
     assert ((kernel(x, None, None, None, None, 32, 1e-5) - want).abs() <= 1e-4 * (1 + want.abs())).all()
 
 
+@pytest.mark.parametrize("channels", [2, 64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+def test_a_first_pixel_unlike_the_others_costs_no_digits(channels, layout, eps):
+    x = torch.zeros(1, channels, 1024, 1024).to(memory_format=layout)
+    x[:, :, 0, 0] = 0.1
+    scale = STATS(x, None, None, None, None, 2, eps)[1].double()
+    mean = x.double()[0, 0].mean()
+    want = ((x.double()[0, 0] - mean).square().mean() + eps).rsqrt()
+    assert (scale / want - 1).abs().max() < 1e-5
+
+
 def test_constant_input_gives_the_bias_over_the_root_of_epsilon():
     bias = torch.randn(8)
     x = torch.full((1, 8, 4, 4), 3.0)
@@ -127,6 +140,57 @@ def test_messages():
     assert str(caught.value) == "apply_affine: no activation 'tanh'; give 'none' or 'silu'"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 0}, "group_norm_affine: an input of shape [2, 8, 3, 3] has no 0 groups of channels"),
+        ({"groups": 3}, "group_norm_affine: an input of shape [2, 8, 3, 3] has no 3 groups of channels"),
+        (
+            {"x": torch.ones(2, 0, 3, 3)},
+            "group_norm_affine: an input of shape [2, 0, 3, 3] has no 4 groups of channels",
+        ),
+        ({"x": torch.ones(8)}, "group_norm_affine: an input of shape [8] has no 4 groups of channels"),
+        ({"x": torch.ones(2, 8, 3, 3).half()}, "the input must be float32 on the CPU, not Half on cpu"),
+        ({"weight": torch.ones(7)}, "group_norm_affine: weight has shape [7]; give [8]"),
+        ({"bias": torch.ones(8, 1)}, "group_norm_affine: bias has shape [8, 1]; give [8]"),
+        ({"weight": torch.ones(8).half()}, "weight must be float32 on the CPU, not Half on cpu"),
+        (
+            {"scale": torch.ones(3, 8)},
+            "group_norm_affine: scale has shape [3, 8]; give [2, 8], with 1 allowed for both",
+        ),
+        ({"shift": torch.ones(8)}, "group_norm_affine: shift has shape [8]; give [2, 8], with 1 allowed for both"),
+        ({"shift": torch.ones(2, 8).double()}, "shift must be float32 on the CPU, not Double on cpu"),
+    ],
+    ids=str,
+)
+def test_the_kernel_checks_its_arguments_itself(change, message):
+    given = {"x": torch.ones(2, 8, 3, 3), "weight": None, "bias": None, "scale": None, "shift": None, "groups": 4}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        STATS(**given | change, eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "table", "act", "message"),
+    [
+        ((2, 8, 3), (3, 2, 8), "tanh", "apply_affine: no activation 'tanh'; give 'none' or 'silu'"),
+        ((2, 8, 3), (3, 1, 8), "none", "apply_affine: the table has shape [3, 1, 8]; give [3, 2, 8]"),
+        ((2, 8, 3), (2, 2, 8), "none", "apply_affine: the table has shape [2, 2, 8]; give [3, 2, 8]"),
+        ((8,), (3, 1, 8), "none", "apply_affine: the input has shape [8]; give (batch, channels, ...)"),
+    ],
+)
+def test_the_kernel_checks_what_it_applies(x, table, act, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        APPLY(torch.ones(x), torch.ones(table), act)
+
+
+def test_no_backward_pass():
+    x = torch.randn(2, 8, 3, 3, requires_grad=True)
+    with pytest.raises(
+        UsageError, match=r"hasten::(group_norm|apply)_affine has no backward pass: optimised modules are"
+    ):
+        kernel(x, None, None, None, None, 4, 1e-5).sum().backward()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_declared_as_torch_wants_it(layout):
     x = torch.randn(2, 8, 5, 5).to(memory_format=layout)
@@ -137,12 +201,14 @@ def test_declared_as_torch_wants_it(layout):
 
 
 def test_silu_of_every_size():
-    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e30, -1e30, math.inf, math.nan])]).reshape(
-        1, 1, -1
-    )
+    ends = torch.tensor([-math.inf, -1e38, -3.4e38, -1e30, 0.0, 1e30, 1e38, math.inf, math.nan])
+    x = torch.cat([torch.linspace(-100, 100, 4001), ends]).reshape(1, 1, -1)
     y = APPLY(x, torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1), "silu")
     want = torch.nn.functional.silu(x.double())
     assert torch.equal(y.isnan(), want.isnan())
     known = want.isfinite()
     assert ((y - want).abs()[known] <= 4e-7 * want.abs()[known] + 1e-8).all()
     assert y[0, 0, -2] == math.inf
+    assert y[0, 0, -9].isnan()
+    assert (y[0, 0, -8:-5] == 0).all()
+    assert y[0, 0, -8:-5].signbit().all()

@@ -1,4 +1,4 @@
-"""The matrices of F(m, r): exact, those of the specification, and as far off in low precision as predicted."""
+"""The matrices of F(m, r): exact, as published (Lavin and Gray 2015), and as far off in low precision as predicted."""
 
 import math
 from fractions import Fraction
@@ -56,7 +56,7 @@ def test_it_is_the_correlation_exactly(m, r, normalised):
 
 
 @pytest.mark.parametrize(("m", "points"), SPECIFIED)
-def test_the_matrices_are_the_specification_s_up_to_common_signs(m, points):
+def test_the_matrices_are_lavin_and_gray_s_and_those_of_reciprocal_points_up_to_common_signs(m, points):
     at, g, bt = map(rows, SPECIFIED[m, points])
     f = transform(m, 3, points)
     assert f.at == at
@@ -67,7 +67,7 @@ def test_the_matrices_are_the_specification_s_up_to_common_signs(m, points):
     ("m", "points", "kappa"),
     [(2, None, 1.667), (4, None, 4.76), (6, None, 20.63), (4, LAVIN, 10.77), (4, UNEVEN, 6.94)],
 )
-def test_kappa_is_the_specification_s(m, points, kappa):
+def test_kappa_of_every_size_and_of_other_points(m, points, kappa):
     assert transform(m, 3, points).kappa == pytest.approx(kappa, rel=1e-3)
 
 

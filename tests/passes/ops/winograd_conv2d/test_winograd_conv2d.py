@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from hasten.errors import UsageError
+from hasten.passes.choice import Layer
 from hasten.passes.ops import winograd_conv2d as wino
 from hasten.passes.ops.native import build
+from hasten.passes.ops.winograd_conv2d import select
 from hasten.passes.ops.winograd_conv2d.weights import plain_weight, unpack
 
 OP = torch.ops.hasten.winograd_conv2d
@@ -147,10 +149,30 @@ def test_changed_weights_are_transformed_again():
     first = kernel(x, weight, bias)
     weight.mul_(2)  # the version counter tells
     assert error(kernel(x, weight, bias), wino.reference(x, weight, bias)) < ROUNDING[4]
-    weight.data.mul_(0.5)  # it does not: a sample of the numbers does
+    weight.data.mul_(0.5)  # it does not: the hash does
     assert torch.equal(kernel(x, weight, bias), first)
     weight.data = torch.randn_like(weight)
     assert error(kernel(x, weight, bias), wino.reference(x, weight, bias)) < ROUNDING[4]
+
+
+@pytest.mark.parametrize("channels", [40, 320], ids=["all numbers are hashed", "some of every output"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_changed_filter_is_noticed(channels, layout):
+    x, weight, _ = tensors(channels=channels, outputs=320, height=4, width=4)
+    weight = weight.to(memory_format=layout)
+    assert (weight.numel() <= 1 << 18) == (channels == 40)
+    for index in (0, 7, 150, 319):
+        kernel(x, weight)
+        weight.data[index].mul_(-1)  # no version is counted
+        assert error(kernel(x, weight), wino.reference(x, weight)) < ROUNDING[4]
+
+
+def test_one_changed_number_of_a_small_weight_is_noticed():
+    x, weight, _ = tensors(channels=20, outputs=41, height=4, width=4)
+    for index in (0, 1, 100, 3001, weight.numel() - 1):
+        kernel(x, weight)
+        weight.data.view(-1)[index] = 50
+        assert error(kernel(x, weight), wino.reference(x, weight)) < ROUNDING[4]
 
 
 def test_weights_in_a_memory_that_was_freed():
@@ -255,6 +277,95 @@ def test_shapes_are_checked():
         kernel(x.double(), weight.double())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (2, 0, 8, 8), "weight": (40, 0, 3, 3)}, "an input of shape [2, 0, 8, 8] has no channels"),
+        ({"outputs": -1}, "there cannot be -1 outputs"),
+        ({"outputs": 33}, "the weight has shape [40, 20, 3, 3]; give [33, 20, 3, 3], or what hasten::winograd_weight"),
+        ({"weight": (40, 7, 3, 3)}, "the weight has shape [40, 7, 3, 3]; give [40, 20, 3, 3], or what"),
+        ({"weight": (40, 20, 3)}, "the weight has shape [40, 20, 3]; give [40, 20, 3, 3], or what"),
+        ({"weight": (2, 1, 6, 6, 16, 32)}, "are not those of 20 channels, 40 outputs"),
+        ({"bias": (39,)}, "bias has shape [39]; give [40]"),
+        ({"norm": (3, 1, 20)}, "norm has shape [3, 1, 20]; give [3, 2, 20]"),
+        ({"other": (2, 40, 1, 8)}, "the added operand has shape [2, 40, 1, 8]; give that of the result, [2, 40, 8, 8]"),
+        ({"other": (3, 40, 1, 1)}, "the added operand has shape [3, 40, 1, 1]; give that of the result"),
+        ({"tile": 3}, "no tile of 3 for a 3x3 convolution; tiles: 2, 4, 6"),
+        ({"tile": 6, "phases": True}, "no tile of 6 for the phases of an upsampled map; tiles: 2, 4"),
+        ({"act_in": "gelu"}, "no activation 'gelu'; give 'none' or 'silu'"),
+        ({"act_out": "SiLU"}, "no activation 'SiLU'; give 'none' or 'silu'"),
+        ({"padding_mode": "wrap"}, "padding_mode 'wrap' is none of zeros, reflect, replicate, circular"),
+        ({"padding": (1, 1, -1, 1)}, "padding is [1, 1, -1, 1]; give [top, left, bottom, right], from 0 up"),
+        (
+            {"padding": (1, 8, 1, 1), "padding_mode": "reflect"},
+            "is too small to be padded by [1, 8, 1, 1] with mode 'ref",
+        ),
+        (
+            {"padding": (1, 1, 9, 1), "padding_mode": "circular"},
+            "is too small to be padded by [1, 1, 9, 1] with mode 'c",
+        ),
+        (
+            {"x": (2, 20, 0, 8), "padding_mode": "replicate"},
+            "is too small to be padded by [1, 1, 1, 1] with mode 'repl",
+        ),
+        ({"padding": (0, 0, 0, 0), "phases": True}, "an upsampled map is padded by one row of zeros on each side"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_by_the_kernel_itself(change, message):
+    given = {"x": (2, 20, 8, 8), "weight": (40, 20, 3, 3), "bias": (40,), "norm": None, "other": None}
+    given |= {"outputs": 40, "tile": 4} | change
+    operands = {
+        n: torch.randn(given.pop(n)) if given[n] else given.pop(n) for n in ("x", "weight", "bias", "norm", "other")
+    }
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        OP(**operands, **given)
+
+
+@pytest.mark.parametrize("name", ["bias", "norm", "other", "weight"])
+def test_operands_of_another_type_are_refused_by_the_kernel_itself(name):
+    x, weight, bias = tensors()
+    made = torch.ops.hasten.winograd_weight(weight, 4)
+    operands = {"weight": made, "bias": bias, "norm": torch.randn(3, 2, 20), "other": torch.randn(2, 40, 1, 1)}
+    operands[name] = operands[name].half()
+    with pytest.raises(RuntimeError, match="must be float32 on the CPU, not Half on cpu"):
+        OP(x, *operands.values(), 40, 4)
+
+
+def test_maps_may_be_padded_by_as_much_as_torch_allows():
+    x, weight, bias = tensors(height=4, width=5)
+    for mode, padding in (("reflect", (3, 4, 3, 4)), ("circular", (4, 5, 4, 5)), ("replicate", (9, 9, 9, 9))):
+        want = wino.reference(x, weight, bias, padding=padding, padding_mode=mode)
+        assert error(kernel(x, weight, bias, padding=padding, padding_mode=mode), want) < ROUNDING[4]
+
+
+def test_results_of_any_size_reuse_memory():
+    """Of blocks of 2 MiB, as much as of larger ones: the second result lies where the first one did."""
+    _, weight, _ = tensors(channels=16, outputs=64)
+    for size in (66, 72, 80, 100, 112, 140):  # 1.1 to 5 MiB
+        x = torch.randn(1, 16, size, size)
+        kernel(x, weight)
+        first = kernel(x, weight)
+        address = first.data_ptr()
+        del first
+        in_between = torch.empty(3 << 18)  # what malloc would give away again
+        second = kernel(x, weight)
+        assert second.data_ptr() == address, size
+        del second, in_between
+
+
+def test_no_backward_pass():
+    x, weight, bias = tensors()
+    y = kernel(x, weight.requires_grad_(), bias)
+    assert error(y.detach(), wino.reference(x, weight, bias).detach()) < ROUNDING[4]
+    with pytest.raises(UsageError) as caught:
+        y.sum().backward()
+    assert str(caught.value) == (
+        "hasten::winograd_conv2d has no backward pass: optimised modules are for inference; train the original "
+        "module, or torch.compile it with backend 'hasten', which leaves graphs that need gradients alone"
+    )
+
+
 def test_compiled_with_inductor():
     x, weight, bias = tensors()
     norm = torch.randn(3, 2, 20)
@@ -322,3 +433,39 @@ def test_a_workspace_that_no_memory_holds():
         said,
     )
     assert shape == "torch.Size([1, 1, 64, 64])"
+
+
+WORKSPACES = """
+import resource, torch
+from hasten.passes.ops.native import build
+import hasten.passes.ops
+from hasten.passes.ops.native.schemas import CHUNK_BYTES
+assert build.load() is None
+torch.set_num_threads(1)
+plain = (320, 16, 16, 4, False), (640, 6, 120, 4, False), (1280, 4, 128, 2, False), (1280, 8, 190, 6, False)
+for channels, height, width, tile, phases in (*plain, (320, 30, 31, 4, True), (512, 3, 128, 4, True)):
+    x = torch.zeros(1).expand(1, channels, height, width)
+    u = torch.ops.hasten.winograd_weight(torch.zeros(1, channels, 3, 3), tile, phases)
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 20), -1))
+    try:
+        torch.ops.hasten.winograd_conv2d(x, u, None, None, None, 1, tile, phases)
+        raise SystemExit("there was memory after all")
+    except RuntimeError as error:
+        said = str(error)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print(channels, height, width, tile, int(phases), said.partition("a workspace of ")[2].split()[0])
+"""
+
+
+def test_the_workspace_is_at_most_what_the_choice_counts_with():
+    """The kernel's own number is in what it says where there is not so much memory."""
+    done = subprocess.run([sys.executable, "-c", WORKSPACES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(lines) == 6
+    for channels, height, width, tile, phases, taken in lines:
+        layer = Layer("upsample_conv2d" if phases else "conv2d", 1, channels, 1, height, width)
+        form = next(f for f in select.forms(layer.op) if f.tile == tile)
+        counted = select.workspace_bytes(layer, form)
+        assert taken <= counted <= 2 * taken, layer  # chunks of another processor may be larger

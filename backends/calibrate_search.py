@@ -1,0 +1,94 @@
+"""A mask of a given number of computed calls, found by what it does to the results of real runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hasten.errors import UsageError
+from hasten.passes.steps.fitting import Moves, most_computed
+from hasten.passes.steps.fitting_path import best_mask, from_moves, measured
+from hasten.passes.steps.fitting_search import Search
+
+Error = Callable[[str], float]
+"""A mask to the mean squared error of the runs' results."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long a search may take: masks tried by annealing and climbing, and seconds.
+
+    ``longest`` reuses in a row are measured segment by segment first, unless 0; that takes about ``longest`` times as
+    many further runs as a run has steps.
+    """
+
+    evaluations: int = 0
+    seconds: float = math.inf
+    longest: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best mask, its error, and how it compares: name of the step of the search -> (mask, error)."""
+
+    mask: str
+    error: float
+    stages: dict[str, tuple[str, float]]
+
+
+def computed_calls(speedup: float, steps: int, share: float, start: str | None) -> int:
+    """How many calls compute: as many as the mask to start from has, else the most that give the speed-up."""
+    if start is None:
+        return most_computed(speedup, steps, share)
+    if len(start) != steps:
+        raise UsageError(f"mask: {len(start)} decisions were given for a run of {steps} steps; give one a step")
+    return start.count("1")
+
+
+def search(
+    kept: list[Moves],
+    computed: int,
+    start: str | None,
+    bounds: Bounds,
+    error: Error,
+    known: MutableMapping[str, float],
+) -> Found:
+    """Start from the path along which what is kept moves least, and better it within the bounds.
+
+    ``kept`` is how the payload moved in each recorded run. ``known`` errors are not measured again; new ones are added.
+    """
+    stages: dict[str, tuple[str, float]] = {}
+
+    def tried(mask: str) -> float:
+        if mask not in known:
+            value = error(mask)
+            known[mask] = value if math.isfinite(value) else math.inf
+        return known[mask]
+
+    def enter(name: str, mask: str) -> None:
+        stages[name] = (mask, tried(mask))
+
+    if start is not None:
+        enter("given", start)
+    paths = np.mean([from_moves(moves, len(moves.moves)) for moves in kept], axis=0)
+    for rank in ("sum", "minimax"):
+        enter(f"recorded distances, {rank}", best_mask(paths, computed, rank))
+    if bounds.longest:
+        segments = measured(len(kept[0].size), bounds.longest, tried)
+        for rank in ("sum", "minimax"):
+            enter(f"measured segments, {rank}", best_mask(segments, computed, rank))
+    if bounds.evaluations:
+        best, _ = min(stages.values(), key=_error)
+        found = Search(tried, bounds.evaluations, bounds.seconds, bounds.seed, known).run(best)
+        stages["annealing and climbing"] = found
+    mask, least = min(stages.values(), key=_error)
+    return Found(mask, least, stages)
+
+
+def _error(stage: tuple[str, float]) -> Any:
+    return stage[1]

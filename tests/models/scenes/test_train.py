@@ -1,0 +1,85 @@
+"""Training: a run that was stopped goes on as if it had not been, and what it leaves can be loaded."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from hasten.models.scenes import adapters, train
+from hasten.models.scenes.adapters import specification
+
+SMALL = {
+    "unet": {"block_out_channels": [16, 16], "norm_num_groups": 4, "attention_head_dim": 8},
+    "dit": {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16},
+    "video": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32},
+}
+
+
+@pytest.fixture(params=SMALL)
+def small(request, tmp_path, monkeypatch):
+    """A small model's configuration where train.py and adapters.py look for it."""
+    name = request.param
+    spec = specification(f"scenes-{name}")
+    spec["config"].update(SMALL[name])
+    (tmp_path / f"{name}.json").write_text(json.dumps(spec))
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    monkeypatch.setattr(adapters, "FOLDER", tmp_path)
+    return name
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch):
+    options = {"steps": 103, "batch": 2, "rate": 1e-3, "threads": 1}
+    weights = train.train(small, run=tmp_path / "whole", **options)
+    whole = weights.read_bytes()
+    seen, loss_at = [], train.loss_at
+
+    def stopping(model, spec, step, batch):
+        seen.append(step)
+        if seen.count(101) == 1 and step == 101:
+            raise KeyboardInterrupt
+        return loss_at(model, spec, step, batch)
+
+    monkeypatch.setattr(train, "loss_at", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(small, run=tmp_path / "parts", **options)
+    weights.unlink()
+    assert train.train(small, run=tmp_path / "parts", **options).read_bytes() == whole
+    assert seen == [*range(102), *range(100, 103)]
+    rows = list(csv.DictReader((tmp_path / f"{small}_loss.csv").open(newline="")))
+    assert [int(row["step"]) for row in rows] == [100, 103]
+    assert float(rows[-1]["loss"]) < 3
+
+
+def test_what_training_leaves_is_the_mean_in_half_precision(small, tmp_path):
+    train.train(small, steps=2, batch=2, rate=1e-3, run=tmp_path / "run", threads=1)
+    saved = torch.load(tmp_path / "run" / f"{small}.pt", weights_only=True)
+    assert saved["step"] == 2
+    loaded = adapters.load(f"scenes-{small}").state_dict()
+    for key, value in saved["mean"].items():
+        assert torch.equal(loaded[key], value.half().float() if value.is_floating_point() else value)
+    assert any(not torch.equal(saved["mean"][k], v) for k, v in saved["model"].items())
+    # Asked for no more steps than there are, it writes what it has.
+    (tmp_path / f"{small}.safetensors").unlink()
+    train.train(small, steps=1, batch=2, rate=1e-3, run=tmp_path / "run", threads=1)
+    assert torch.equal(adapters.load(f"scenes-{small}").state_dict()[key], loaded[key])
+
+
+def test_batches_are_functions_of_their_number_and_labels_are_dropped(small):
+    model, spec = train.network(small)
+    model.eval()  # as train does
+    told = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, noisy, time, condition):
+            told.append((noisy, time, condition))
+            return model.forward(noisy, time, condition)
+
+    losses = [train.loss_at(Watched(), spec, step, 64).item() for step in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+    assert all(torch.equal(a, b) for a, b in zip(*told[:2], strict=True))
+    assert not torch.equal(told[0][0], told[2][0])
+    drawn = train.subject(spec)
+    null = drawn.condition(torch.tensor([drawn.null_class]))[0]
+    dropped = sum(int((c == null).reshape(64, -1).all(1).sum()) for _, _, c in told[1:])
+    assert 4 <= dropped <= 24  # of 128, one in ten

@@ -1,0 +1,64 @@
+"""``--cache`` on the command line: inspect, build, generate and bench, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+POLICY = "first-block:threshold=0.2"
+
+
+def test_inspect_shows_the_region(hasten):
+    notes = [n for n in hasten("inspect", "scenes-dit", "--cache", POLICY, "--json").json["notes"] if "cache" in n]
+    assert notes[0].startswith("step cache first-block: blocks 1 to 5 of 6: 8")
+    assert any("decision looks at probe" in n for n in notes)
+    assert notes[-1] == "step cache first-block: state of first-block: 0.164 MB"
+
+
+def test_generate_reports_what_was_skipped(hasten, tmp_path):
+    words = ["--cache", POLICY, "--steps", "8", "--count", "1", "--repeat", "2", "--target", "onnxruntime:cpu"]
+    done = hasten("generate", "scenes-dit", "-o", tmp_path, *words, "--json")
+    assert done.code == 0
+    cache = done.json["cache"]
+    assert len(cache["mask"]) == 8
+    assert cache["mask"][0] == "1"
+    assert cache["computed_steps"] + cache["skipped_steps"] == 8
+    assert done.json["skipped_steps"] == cache["skipped_steps"] > 0
+    assert cache["state_bytes"] > 0
+    assert json.loads((tmp_path / "scenes-dit.json").read_text())["cache"] == cache
+
+
+def test_bench_measures_speed_against_quality(hasten, tmp_path):
+    words = ["--cache", POLICY, "--cache", "mask:10101010", "--thresholds", "0.2,10", "--steps", "8", "--count", "1"]
+    done = hasten("bench", "scenes-dit", *words, "--rounds", "1", "--cache-target", "onnxruntime:cpu", "--json")
+    assert done.code == 0
+    rows = {(r["policy"], r["threshold"]): r for r in done.json["settings"]}
+    assert set(rows) == {(POLICY, 0.2), (POLICY, 10.0), ("mask:10101010", None)}
+    assert rows[POLICY, 10.0]["mask"] == "10000000"
+    assert rows["mask:10101010", None]["computed"] == 4
+    assert rows[POLICY, 0.2]["psnr_db"] > rows[POLICY, 10.0]["psnr_db"]
+    assert rows[POLICY, 0.2]["ssim"] > rows[POLICY, 10.0]["ssim"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "scenes-dit", "--cache", "first-blok:threshold=1"], "no step-cache policy named 'first-blok'"),
+        (["inspect", "scenes-dit", "--cache-form", "straight"], "--cache-form is for hasten build"),
+        (["inspect", "scenes-dit", "--cache", POLICY, "--region", "7:9"], "region '7:9' holds no block"),
+        (["bench", "sd15-unet", "--cache", POLICY], "--cache measures quality on trained models, and 'sd15-unet' is"),
+        (["bench", "--cache", POLICY], "--cache: name a bundled model, such as scenes-dit"),
+        (["bench", "scenes-dit", "--cache", POLICY, "--thresholds", "a"], "'a' is not a list of numbers"),
+    ],
+)
+def test_wrong_usage(hasten, words, message):
+    done = hasten(*words)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_graph_without_a_region(hasten):
+    done = hasten("inspect", "scenes-unet", "--cache", POLICY)
+    assert done.code == 1
+    assert "first-block finds nothing to skip in this graph: no residual stream" in done.err
