@@ -18,9 +18,9 @@ import numpy as np
 
 from hasten.backends.calibrate_file import Calibration, read
 from hasten.backends.calibrate_fit import DEFAULT_SPEEDUP, Fitted, Wishes, complete, requested
-from hasten.backends.calibrate_search import Bounds, computed_calls, search
+from hasten.backends.calibrate_search import Bounds, computed_calls, kept, search
 from hasten.errors import UsageError
-from hasten.passes.steps.fitting import Moves, Sample, moves_of_errors, speedup
+from hasten.passes.steps.fitting import Sample, speedup
 
 if TYPE_CHECKING:
     from hasten.backends.calibrate_runs import Draw, Runs
@@ -95,7 +95,7 @@ def subject(
     blank = Calibration(
         model=adapter.name,
         request=cache,
-        region="; ".join(line for line in found.lines if not line.startswith("state of")),
+        region=found.summary + (f"; the decision looks at {looks}" if (looks := policy.decision.signal) else ""),
         steps=steps,
         shape=tuple(next(iter(examples.values())).shape),
         dtype=dtype,
@@ -162,7 +162,7 @@ def find_mask(
     computed = computed_calls(wishes.speedup or DEFAULT_SPEEDUP, calibration.steps, calibration.share, start)
     payload = options.get("payload", "residual")
     _refuse_history(payload)
-    kept = [_kept(sample, payload) for sample in calibration.samples]
+    moves = [kept(sample, payload) for sample in calibration.samples]
     seeds = tuple(draw.seed for draw in draws)
     known = dict(calibration.tried) if calibration.tried_on == seeds else {}
     cached = subject.cached(str(replace(request, options={**request.options, "bits": "1" * calibration.steps})))
@@ -178,7 +178,7 @@ def find_mask(
             saved = time.monotonic()
         return value
 
-    found = search(kept, computed, start, bounds, error, known)
+    found = search(moves, computed, start, bounds, error, known)
     stages = {name: {"mask": mask, "error": value} for name, (mask, value) in found.stages.items()}
     calibration = replace(calibration, tried=known, tried_on=seeds)
     told = {"computed": computed, "tried": len(known), "seed": bounds.seed, "stages": stages}
@@ -236,13 +236,6 @@ def versions() -> dict[str, str]:
     diffusers = sys.modules.get("diffusers")
     found = {"hasten": hasten.__version__, "torch": torch.__version__, "numpy": np.__version__}
     return found | ({"diffusers": diffusers.__version__} if diffusers is not None else {})
-
-
-def _kept(sample: Sample, payload: str) -> Moves:
-    """How what a payload keeps moves; of modules that are skipped one by one, all together."""
-    if sample.errors:
-        return moves_of_errors(np.mean(list(sample.errors.values()), axis=0))
-    return sample.values["residual" if payload == "residual" else "value"]
 
 
 def _refuse_history(payload: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hasten.errors import UsageError
-from hasten.passes.steps.fitting import Moves, most_computed
-from hasten.passes.steps.fitting_path import best_mask, from_moves, measured
+from hasten.passes.steps.fitting import Moves, Sample, most_computed, moves_of_errors
+from hasten.passes.steps.fitting_path import RANKS, best_mask, from_moves, measured
 from hasten.passes.steps.fitting_search import Search
 
 Error = Callable[[str], float]
@@ -50,8 +50,21 @@ def computed_calls(speedup: float, steps: int, share: float, start: str | None) 
     return start.count("1")
 
 
+def kept(sample: Sample, payload: str) -> Moves:
+    """How what a payload keeps moves in a recorded run; of modules that are skipped one by one, all together."""
+    if sample.errors:
+        return moves_of_errors(np.mean(list(sample.errors.values()), axis=0))
+    return sample.values["residual" if payload == "residual" else "value"]
+
+
+def guessed(moves: Sequence[Moves], computed: int, rank: str) -> str:
+    """The mask along which what is kept moves least, on average over the recorded runs."""
+    errors = np.mean([from_moves(m, len(m.moves)) for m in moves], axis=0)
+    return best_mask(errors, computed, rank)
+
+
 def search(
-    kept: list[Moves],
+    moves: Sequence[Moves],
     computed: int,
     start: str | None,
     bounds: Bounds,
@@ -60,7 +73,8 @@ def search(
 ) -> Found:
     """Start from the path along which what is kept moves least, and better it within the bounds.
 
-    ``kept`` is how the payload moved in each recorded run. ``known`` errors are not measured again; new ones are added.
+    ``moves`` are those of what is kept, in each recorded run. ``known`` errors are not measured again, and new ones
+    are added.
     """
     stages: dict[str, tuple[str, float]] = {}
 
@@ -75,12 +89,11 @@ def search(
 
     if start is not None:
         enter("given", start)
-    paths = np.mean([from_moves(moves, len(moves.moves)) for moves in kept], axis=0)
-    for rank in ("sum", "minimax"):
-        enter(f"recorded distances, {rank}", best_mask(paths, computed, rank))
+    for rank in RANKS:
+        enter(f"recorded distances, {rank}", guessed(moves, computed, rank))
     if bounds.longest:
-        segments = measured(len(kept[0].size), bounds.longest, tried)
-        for rank in ("sum", "minimax"):
+        segments = measured(len(moves[0].size), bounds.longest, tried)
+        for rank in RANKS:
             enter(f"measured segments, {rank}", best_mask(segments, computed, rank))
     if bounds.evaluations:
         best, _ = min(stages.values(), key=_error)

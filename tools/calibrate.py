@@ -24,7 +24,6 @@ SUMMARY = "Record a model's runs, fit a step cache's numbers to them or search a
 EXAMPLES = (
     "hasten calibrate scenes-dit --cache teacache --speedup 2 -o teacache.json",
     "hasten calibrate scenes-dit --cache mask --speedup 3 --budget 200 -o mask.json",
-    "hasten calibrate scenes-unet --cache easycache --samples 16 --plot curves.png -o easycache.json",
     "hasten calibrate --merge first.json second.json --speedup 3 -o both.json",
 )
 PLOTS = (".png", ".svg", ".pdf")
@@ -260,11 +259,12 @@ def _lines(calibration: Calibration) -> list[Any]:
         f"{predicted['speedup']:.2f} times as fast, {quantity(calibration.state_bytes, 'B')} of state"
     )
     if checked := fit.get("checked"):
+        count = len(checked["seeds"])
         quality = f"error {checked['relative_rms_error']:.3g} of the result"
         if checked["psnr_db"] is not None:
             quality = f"PSNR {checked['psnr_db']:.2f} dB to uncached, {quality}"
         lines.append(
-            f"checked on {len(checked['seeds'])} other seeds: {quality}; {checked['computed']:.3g} calls computed, "
-            f"{checked['speedup']:.2f} times as fast"
+            f"checked on {count} other seed{'s' if count != 1 else ''}: {quality}; {checked['computed']:.3g} calls "
+            f"computed, {checked['speedup']:.2f} times as fast"
         )
     return lines

@@ -29,6 +29,7 @@ VERBS = {
     "run": "run an engine on inputs from files, or on random ones",
     "generate": "pictures from a bundled model, plain and optimised, with the same seeds",
     "compare": "two of (model, ONNX, .pt2, engine) on the same inputs: errors and times",
+    "calibrate": "record a model's runs, fit a step cache to them, write what --cache reads",
     "tune": "time the implementations of a model's convolutions on this machine, and keep the times",
     "bench": "times of models and layers in several implementations, side by side in one run",
     "doctor": "what is installed, which targets can be built and run here, and what is missing",

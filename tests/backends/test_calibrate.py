@@ -196,12 +196,19 @@ def test_ratios_and_a_threshold_are_fitted_to_the_same_recording(dit, recorded):
     assert done.fit["predicted"]["speedup"] >= 1.5
 
 
+def test_without_the_model_a_mask_is_the_best_tried_or_what_distances_speak_for(recorded):
+    calibration, _ = recorded
+    guess = fit(calibration, Wishes(speedup=1.9))
+    assert guess.options["bits"].count("1") == 4
+    assert "was not tried here" in guess.notes[0]
+    tried = {"10101010": 0.5, "11100100": 0.25, "11111000": 0.1}
+    assert fit(replace(calibration, tried=tried), Wishes(speedup=1.9)).options["bits"] == "11100100"
+
+
 def test_fits_that_cannot_be(recorded):
     calibration, _ = recorded
     with pytest.raises(UsageError, match="nothing is recorded yet"):
         fit(replace(calibration, request="magcache", samples=()), Wishes())
-    with pytest.raises(UsageError, match="a mask is found by trying it"):
-        fit(calibration, Wishes())
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_version(hasten):
         (
             ["optimise"],
             "hasten: there is no verb 'optimise'; verbs: models, inspect, optimize, build, run, generate, compare, "
-            "tune, bench, doctor. Did you mean 'optimize'?",
+            "calibrate, tune, bench, doctor. Did you mean 'optimize'?",
         ),
         (["--vresion"], "hasten: there is no option '--vresion'. Did you mean '--version'?"),
         (
