@@ -43,6 +43,7 @@ def split(
             if name in makers:
                 users[makers[name]].add(i)
     given = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+    given |= {t.values.name for t in graph.sparse_initializer}
     for name in (*inside, *entering, *leaving, *looked_at):
         if name not in makers and name not in given:
             raise HastenError(f"the region to be skipped names {name!r}, which is no value of the model's main graph")

@@ -65,6 +65,7 @@ def own_names(graph: onnx.GraphProto) -> Iterator[str]:
     """Every value that a graph and the graphs inside it make or are given."""
     yield from (v.name for v in graph.input)
     yield from (t.name for t in graph.initializer)
+    yield from (t.values.name for t in graph.sparse_initializer)
     for node in graph.node:
         yield from (name for name in node.output if name)
         for inner in subgraphs(node):

@@ -398,6 +398,7 @@ def test_what_is_read_after_the_region_without_depending_on_it_is_computed_befor
     model = by_hand(BODY.replace("y = Add (c, x)", "d = Mul (c, e) y = Add (d, x)"))
     cut = Cut(("x",), ("c",), ("e", "a", "h", "b", "c"), signal="x")
     made = conditional(model, cut, TEACACHE).programs["step"].model
+    assert made is model, "changed in place: weights are not copied"
     verify_model(made)
     main = [n.op_type for n in made.graph.node]
     assert main.index("Unsqueeze") < main.index("If") < len(main) - 1
