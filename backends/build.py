@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from hasten.backends.choosing import Choosing
 from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
-from hasten.backends.manifest import Manifest, write_manifest
+from hasten.backends.manifest import Manifest, TensorSpec, write_manifest
 from hasten.backends.onnx_signature import Signature, check_dynamic, fix_shapes, rename, signature
+from hasten.backends.sampling import Looping, Sampling, looped
 from hasten.backends.shapes import Profile, Shapes, check_profiles, evaluate, format_shape, parse_profiles
 from hasten.backends.source import Origin, kind_of, origin_of
 from hasten.backends.step_cache import Caching
@@ -60,6 +61,7 @@ def build(
     cache: str | None = None,
     cache_form: str | None = None,
     region: str | None = None,
+    sampling: Sampling | None = None,
     overwrite: bool = False,
     wait: float = WAIT_SECONDS,
     progress: Progress | None = None,
@@ -77,12 +79,18 @@ def build(
     ``cache`` is a step cache, such as ``teacache:threshold=0.25,model=flux`` (`passes.steps.catalog`): the
     engine then has `Engine.start`. ``cache_form`` is ``conditional`` (one program with a branch in it) or
     ``straight`` (programs without one); ``region`` is FIRST:LAST, the blocks that a reused step leaves out.
+    ``sampling`` puts a whole sampler around the network, whose engine `hasten.sampler` runs; its step cache is one
+    branch in the loop.
     ``timeout`` bounds a TensorRT build, in seconds. ``overwrite`` replaces an existing engine; ``wait`` is for
     another build of the same output.
 
     Raises the `HastenError` that says what cannot be meant, captured, built or written; then nothing is left behind.
     """
     parsed = parse_target(target)
+    if sampling is not None and parsed.backend == "torch-tensorrt":
+        raise UsageError(
+            f"target {parsed} has no loops; build the sampler for aoti, onnxruntime, tensorrt or tensorrt-rtx"
+        )
     _refuse_without_runtime(parsed)
     if dtype is not None:
         _check_dtype(dtype, parsed)
@@ -100,15 +108,18 @@ def build(
         timeout,
         progress,
         choosing,
-        Caching.of(cache, cache_form, region),
+        Caching.of(cache, cache_form if sampling is None else _form_in_a_loop(cache, cache_form), region),
+        sampling,
     )
     with publish(out, overwrite=overwrite, wait=wait) as folder:
         if kind == "onnx":
+            job.trained_on("")
             manifest = job.from_onnx(source, shapes, folder)
         else:
             device = parsed.device if parsed.backend == "aoti" else "cpu"  # where the examples are run
             job.tell("capture", 0.0)
             origin = origin_of(kind, source, example_inputs, example_kwargs, dynamic_shapes, dtype, weights, device)
+            job.trained_on(origin.name)
             manifest = job.from_torch(origin, folder)
         job.tell("write", 0.95)
         report = {**manifest.report, "seconds": {**manifest.report["seconds"], **job.seconds}}
@@ -129,7 +140,9 @@ class _Job:
         progress: Progress | None,
         choosing: Choosing | None,
         caching: Caching | None,
+        sampling: Sampling | None,
     ) -> None:
+        self.sampling = sampling
         self.choosing = choosing
         self.caching = caching
         self.target = target
@@ -139,6 +152,16 @@ class _Job:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self._stage, self._since = "", 0.0
+
+    def trained_on(self, name: str) -> None:
+        """Let a registered model say what it was trained on, where the caller did not; then the solver must fit."""
+        if self.sampling is None:
+            return
+        if self.sampling.process is None:
+            from hasten.models.processes import process_of
+
+            self.sampling = replace(self.sampling, process=process_of(name))
+        self.sampling.table()
 
     def tell(self, stage: str, fraction: float) -> None:
         """Begin ``stage``."""
@@ -175,23 +198,46 @@ class _Job:
             dim_names=dim_names(program, origin.dynamic_shapes),
         )
         if self.caching is None:
-            return self._lower_graph(flat, report, folder, "model")
+            return self._lower_graph(flat, report, folder, "model", self._looping(flat.inputs, flat.outputs))
         cached, described = self.caching.apply(flat, report)
         logger.info("%s", described["summary"])
+        if self.sampling is not None:
+            (step,) = cached.programs.values()
+            looping = self._looping(step.inputs, step.outputs, cached.state, described)
+            return self._lower_graph(step, report, folder, "model", looping)
         built = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
         return _assembled(built, cached.state, described)
 
-    def _lower_graph(self, flat: FlatProgram, report: Report, folder: Path, name: str) -> Manifest:
-        """Compile one rewritten graph into files whose names begin with ``name``."""
+    def _looping(
+        self,
+        given: Sequence[TensorSpec],
+        made: Sequence[TensorSpec],
+        state: Sequence[Mapping[str, Any]] = (),
+        cache: Mapping[str, Any] | None = None,
+    ) -> Looping | None:
+        """The sampler's loop around a network with these inputs and outputs; None where none was asked for."""
+        return None if self.sampling is None else Looping.of(self.sampling, given, made, state, cache)
+
+    def _lower_graph(
+        self, flat: FlatProgram, report: Report, folder: Path, name: str, looping: Looping | None = None
+    ) -> Manifest:
+        """Compile one rewritten graph, in its loop if there is one, into files whose names begin with ``name``."""
         from hasten.passes.fx import branch_rules
 
         branch_rules.require(flat.module, str(self.target))
         interface = Signature(flat.inputs, flat.outputs, flat.dims, flat.constants)
         if self.target.opset is not None:
-            model = self._export(flat, report)
-            profiles = _profiles(flat) if self.target.needs_profiles else {}
-            return self._lower(model, interface, profiles, report, folder, name)
+            model = self._export(flat, report, looping)
+            if looping is not None:
+                interface = replace(signature(model), constants=flat.constants)
+            profiles = _profiles(flat) if self.target.needs_profiles and looping is None else {}
+            return looped(self._lower(model, interface, profiles, report, folder, name), looping)
         self.tell("compile", 0.3)
+        if looping is not None:
+            from hasten.backends.sampling_fx import in_a_loop
+
+            flat = in_a_loop(flat, looping)
+            interface = Signature(flat.inputs, flat.outputs, {}, flat.constants)
         if self.target.backend == "aoti":
             from hasten.backends import inductor
 
@@ -204,7 +250,7 @@ class _Job:
                 self.options,
                 name=f"{name}.pt2",
             )
-            return self._manifest(interface, report, files[0], inductor.runtime_versions())
+            return looped(self._manifest(interface, report, files[0], inductor.runtime_versions()), looping)
         from hasten.backends import torch_tensorrt
 
         files = torch_tensorrt.package(flat.module, flat.example_inputs, flat.dynamic_shapes, folder)
@@ -226,8 +272,9 @@ class _Job:
             model = type(source)()
             model.CopyFrom(source)
         fix_shapes(model, profiles)
-        rules = ",".join(name for name in catalog.default("onnx") if self.caching is None or name != "legalise")
-        model, report = optimize_onnx(model, passes=rules, **self.rules)
+        later = self.caching is not None or self.sampling is not None
+        rules = ",".join(name for name in catalog.default("onnx") if not later or name != "legalise")
+        model, report = optimize_onnx(model, passes=rules, choosing=self.choosing, **self.rules)
         report.source = read.source
         found = signature(model)
         dims = dict(found.dims)
@@ -236,12 +283,19 @@ class _Job:
                 if isinstance(size, str) and size in dims and spec.name in profiles:
                     dims[size] = (profiles[spec.name].min[axis], profiles[spec.name].max[axis])
         found = replace(found, dims=dims)
-        if self.caching is None:
+        if self.caching is None and self.sampling is None:
             return self._lower(model, found, profiles, report, folder, "model")
+        if self.caching is None:
+            return self._lower_loop(model, self._looping(found.inputs, found.outputs), report, folder)
         onnx_step_cache.take_sizes(model, read.model)
         sizes = onnx_step_cache.sizes_of(found, profiles)
         cached = onnx_step_cache.with_cache(self.caching, model, sizes, report)
         logger.info("%s", cached.described["summary"])
+        if self.sampling is not None:
+            (program,) = cached.programs.values()
+            step = signature(program)
+            looping = self._looping(step.inputs, step.outputs, cached.state, cached.described)
+            return self._lower_loop(program, looping, report, folder)
         built = {}
         for name, part in cached.programs.items():
             program, legalised = optimize_onnx(
@@ -253,17 +307,34 @@ class _Job:
             built[name] = self._lower(program, interface, bounds, report, folder, name)
         return _assembled(built, cached.state, cached.described)
 
-    def _export(self, flat: FlatProgram, report: Report) -> onnx.ModelProto:
+    def _lower_loop(self, model: onnx.ModelProto, looping: Looping | None, report: Report, folder: Path) -> Manifest:
+        """Put an ONNX denoiser into its loop, in the target's own operators, and lower that."""
+        from hasten.backends.optimize import optimize_onnx
+
+        assert looping is not None
+        model = looping.around(model)
+        model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise", skip=self.rules["skip"])
+        _merge(report, legalised)
+        return looped(self._lower(model, signature(model), {}, report, folder, "model"), looping)
+
+    def _export(self, flat: FlatProgram, report: Report, looping: Looping | None = None) -> onnx.ModelProto:
         """Write a rewritten graph as ONNX, in the target's own operators; nothing is matched again."""
         from hasten.backends.optimize import optimize_onnx
         from hasten.passes.fx.to_onnx import onnx_from_graph
+        from hasten.passes.onnx import winograd
 
         assert self.target.opset is not None
         self.tell("export", 0.3)
         model = onnx_from_graph(flat.module, flat.example_inputs, self.target.opset, flat.dynamic_shapes)
         rename(model, [t.name for t in flat.inputs], [t.name for t in flat.outputs])
         check_dynamic(flat.inputs, signature(model).inputs)
-        model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise")
+        options: dict[str, Any] = {"skip": self.rules["skip"], "choosing": self.choosing}
+        if str(self.target) == winograd.TARGET:
+            model, chosen = optimize_onnx(model, target=str(self.target), passes=winograd.NAME, **options)
+            _merge(report, chosen)
+        if looping is not None:
+            model = looping.around(model)
+        model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise", **options)
         _merge(report, legalised)
         return model
 
@@ -406,6 +477,22 @@ def _profiles(flat: FlatProgram) -> dict[str, Profile]:
     return found
 
 
+def _form_in_a_loop(cache: str | None, form: str | None) -> str | None:
+    """A loop holds one program, so its step cache is a branch, for schedules known before the run as well."""
+    if cache is not None and form not in (None, "conditional"):
+        raise UsageError(f"cache form {form!r}: a sampling loop holds its step cache as a branch; take 'conditional'")
+    if cache is None:
+        return None
+    from hasten.passes.steps.catalog import parse
+
+    if (policy := parse(cache)).granularity == "modules":
+        raise UsageError(
+            f"cache {policy.name} skips modules one by one, which is no one branch, and a sampling loop holds its step "
+            "cache as a branch; take a policy that skips whole blocks, such as first-block or easycache"
+        )
+    return "conditional"
+
+
 def _assembled(
     built: Mapping[str, Manifest], state: tuple[Mapping[str, Any], ...], described: Mapping[str, Any]
 ) -> Manifest:
@@ -429,6 +516,7 @@ def _merge(report: Report, later: Report) -> None:
         report.add(rule)
     report.ops_after = later.ops_after
     report.notes.extend(later.notes)
+    report.choices.extend(later.choices)
     for stage, seconds in later.seconds.items():
         report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds
 

@@ -1,10 +1,14 @@
 """One run of an engine with a step cache: the state of each branch, the controls of each call, and what was computed.
 
-The state belongs to the run. An interrupted run is thrown away with its state; the next one starts a new run.
+The state belongs to the run, and to the engine that made it. A run that is interrupted is thrown away with its state,
+or put aside by `CachedRun.pause` and gone on with by `CachedRun.resume`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,10 +19,12 @@ from hasten.backends.shapes import bound, evaluate, format_shape
 from hasten.errors import UsageError
 from hasten.passes.steps.plan import Mask, planned
 from hasten.passes.steps.policy import COMPUTE, DECIDE, REUSE
+from hasten.passes.steps.simulate import idle
 
 if TYPE_CHECKING:
     from hasten.backends.engine import Engine
 
+logger = logging.getLogger(__name__)
 PREFIX, NEXT = "cache_", "next_cache_"
 COMPUTED = PREFIX + "computed"
 _Make = Callable[[tuple[int, ...], str, float], Any]
@@ -38,7 +44,8 @@ class CachedRun:
 
     ``steps`` is the number of calls that a branch will get, None where unknown (rules about the last calls cannot hold
     then). ``threshold`` and ``limit`` replace the policy's; ``mask`` forces every decision (1 computes, 0 reuses). A
-    call may name its ``branch`` (conditional and unconditional calls that take turns) and ``force`` its decision.
+    call may name its ``branch`` (conditional and unconditional calls that take turns, step by step) and ``force`` its
+    decision.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class CachedRun:
         self.threshold = policy.decision.threshold if threshold is None else float(threshold)
         self.limit = policy.decision.limit if limit is None else int(limit)
         self._forced = planned(policy.decision, steps, mask)
+        self._free = mask is None and policy.decision.mask(2) is None
         self._branches: dict[str, _Branch] = {}
 
     @property
@@ -76,10 +84,11 @@ class CachedRun:
 
     def __call__(self, *, branch: str = "", force: int | None = None, **inputs: Any) -> dict[str, Any]:
         """Run one step. Raises `UsageError` where sizes differ from those that the branch began with."""
-        here = self._branches.setdefault(branch, _Branch())
+        here = self._branches.get(branch) or _Branch()
         step = len(here.mask)
         if self.steps is not None and step >= self.steps:
             raise UsageError(f"the run has {self.steps} steps and branch {branch!r} had them all; start another run")
+        self._in_turn(branch, step)
         self._same_sizes(here, inputs)
         if not here.state:
             here.state = self._fresh(inputs)
@@ -96,11 +105,58 @@ class CachedRun:
                 computed = int(controls[PREFIX + "force"]) != REUSE or step == 0
             outputs = self._run("compute" if computed else "reuse", inputs, here, controls)
         here.mask.append(computed)
+        self._branches[branch] = here  # a call that was refused begins no branch
+        if len(here.mask) == self.steps and self._free:
+            self._warn()
         return outputs
+
+    def pause(self) -> dict[str, Any]:
+        """Where the run stands, for `resume`: dicts, lists, texts, numbers and tensors, which ``torch.save`` keeps."""
+        branches = {
+            name: {"mask": "".join(map(str, map(int, b.mask))), "shapes": dict(b.shapes), "state": dict(b.state)}
+            for name, b in self._branches.items()
+        }
+        return {"engine": fingerprint(self.engine), "steps": self.steps, "branches": branches}
+
+    def resume(self, paused: Mapping[str, Any]) -> None:
+        """Go on from `pause`'s; `UsageError` where that is of another engine or number of steps, or not whole."""
+        if set(paused) != {"engine", "steps", "branches"}:
+            raise UsageError("the paused run is not whole; give what CachedRun.pause returned")
+        own = fingerprint(self.engine)
+        if paused["engine"] != own:
+            raise UsageError(
+                f"the paused run is of another engine ({paused['engine'][:12]}; this one is {own[:12]}), and its state "
+                "means nothing here; go on with the engine that made it, or start another run"
+            )
+        if paused["steps"] != self.steps:
+            raise UsageError(
+                f"the paused run has {paused['steps']} steps, and this one {self.steps}; start it with as many"
+            )
+        self._branches = {
+            name: _Branch(dict(b["state"]), [bit == "1" for bit in b["mask"]], dict(b["shapes"]))
+            for name, b in paused["branches"].items()
+        }
+
+    def _in_turn(self, branch: str, step: int) -> None:
+        """Refuse a branch that comes late, or comes back: what it would reuse is of another time."""
+        first, done = max(
+            ((name, len(b.mask)) for name, b in self._branches.items()), key=lambda b: b[1], default=(branch, 0)
+        )
+        if step < done - 1:
+            raise UsageError(
+                f"branch {branch!r} is at step {step}, and branch {first!r} has done {done}; branches take turns, each "
+                "once a step: start another run for another number of them"
+            )
+
+    def _warn(self) -> None:
+        """Tell, once a run, of a threshold that did nothing or everything."""
+        self._free = False
+        if (told := idle(self.policy, self.mask, self.threshold)) is not None:
+            logger.warning("%s", told)
 
     def _leader(self, branch: str, step: int) -> int | None:
         """What the first branch did at this step, which holds for the others; None for the first branch itself."""
-        first = next(iter(self._branches))
+        first = next(iter(self._branches), branch)
         if branch == first:
             return None
         if step >= len(done := self._branches[first].mask):
@@ -147,6 +203,14 @@ class CachedRun:
                 sizes.update(bound(spec.shape, tuple(inputs[spec.name].shape)))
         make = _maker(inputs)
         return {s["name"]: make(_shape(s, sizes), s["dtype"], s["start"]) for s in self.engine.manifest.state}
+
+
+def fingerprint(engine: Engine) -> str:
+    """Of everything that an engine's state depends on: the policy, the tensors that it keeps, and every built file."""
+    manifest = engine.manifest
+    files = {name: sha for name, (sha, _) in manifest.files.items()}
+    content = [manifest.cache, [dict(s) for s in manifest.state], files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _shape(state: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:

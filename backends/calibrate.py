@@ -20,6 +20,7 @@ from hasten.backends.calibrate_file import Calibration, read
 from hasten.backends.calibrate_fit import DEFAULT_SPEEDUP, Fitted, Wishes, complete, requested
 from hasten.backends.calibrate_search import Bounds, computed_calls, kept, search
 from hasten.errors import UsageError
+from hasten.passes.steps.builders.fixed import FITTED, HISTORY
 from hasten.passes.steps.fitting import Sample, speedup
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ def resume(blank: Calibration, path: Path) -> Calibration:
         raise UsageError(
             f"{path} holds another recording: {told}; give another file with -o, or remove this one to start anew"
         )
+    if there.request != blank.request:  # errors of masks under another payload say nothing about this one
+        return replace(blank, samples=there.samples)
     return replace(blank, samples=there.samples, tried=there.tried, tried_on=there.tried_on)
 
 
@@ -156,29 +159,40 @@ def find_mask(
     tell: Tell,
 ) -> tuple[Calibration, Fitted]:
     """Search a mask on the runs ``draws``; what was tried is in the calibration that is returned."""
+    from hasten.backends.calibrate_weights import Weighed, check_whole
+
     request, _ = requested(subject.request)
     options = {key: value for key, value in request.options.items() if value is not None}
     start = options.get("bits")
     computed = computed_calls(wishes.speedup or DEFAULT_SPEEDUP, calibration.steps, calibration.share, start)
     payload = options.get("payload", "residual")
-    _refuse_history(payload)
     moves = [kept(sample, payload) for sample in calibration.samples]
     seeds = tuple(draw.seed for draw in draws)
     known = dict(calibration.tried) if calibration.tried_on == seeds else {}
-    cached = subject.cached(str(replace(request, options={**request.options, "bits": "1" * calibration.steps})))
+    weighed = None
+    if payload == FITTED:
+        check_whole(options["granularity"])
+        weighed = Weighed(subject.trials, draws, options.get("history") or HISTORY)
+    ones = {**request.options, "bits": "1" * calibration.steps}
+    cached = subject.cached(str(replace(request, options=ones)))
     saved, before = time.monotonic(), len(known)
     total = bounds.evaluations + bounds.longest * calibration.steps + 2
 
     def error(mask: str) -> float:
         nonlocal saved
         tell(f"trying masks, {len(known) + 1} so far", min(0.99, (len(known) - before) / total))
-        value = sum(subject.trials.forced(cached, draw, mask) for draw in draws) / len(draws)
+        if weighed is not None:
+            value = weighed.error(mask)
+        else:
+            value = sum(subject.trials.forced(cached, draw, mask) for draw in draws) / len(draws)
         if time.monotonic() - saved > SAVE_SECONDS:
             replace(calibration, tried=dict(known), tried_on=seeds).write(path)
             saved = time.monotonic()
         return value
 
-    found = search(moves, computed, start, bounds, error, known)
+    found = search(moves, computed, start, bounds, error, known, weighed.guess if weighed is not None else None)
+    if weighed is not None:
+        options |= {"history": weighed.history, "weights": weighed.fit.of_mask(found.mask)}
     stages = {name: {"mask": mask, "error": value} for name, (mask, value) in found.stages.items()}
     calibration = replace(calibration, tried=known, tried_on=seeds)
     told = {"computed": computed, "tried": len(known), "seed": bounds.seed, "stages": stages}
@@ -236,11 +250,3 @@ def versions() -> dict[str, str]:
     diffusers = sys.modules.get("diffusers")
     found = {"hasten": hasten.__version__, "torch": torch.__version__, "numpy": np.__version__}
     return found | ({"diffusers": diffusers.__version__} if diffusers is not None else {})
-
-
-def _refuse_history(payload: str) -> None:
-    if payload not in ("residual", "value"):
-        raise UsageError(
-            f"payload {payload!r} extrapolates from several computed calls, and a search takes payload=residual or "
-            "payload=value"
-        )

@@ -111,7 +111,7 @@ def merge(calibrations: Sequence[Calibration], names: Sequence[str]) -> Calibrat
             raise UsageError(f"cannot merge {names[0]} and {name}: {told}; only recordings with equal settings are one")
     samples = {(s.seed, s.label): s for c in calibrations for s in c.samples}
     tried_on = {c.tried_on for c in calibrations if c.tried}
-    comparable = len(tried_on) == 1
+    comparable = len(tried_on) == 1 and len({c.request for c in calibrations}) == 1
     return replace(
         first,
         samples=tuple(samples[key] for key in sorted(samples)),

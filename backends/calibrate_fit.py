@@ -13,6 +13,7 @@ from hasten.passes.steps import fitting_schedule as schedule
 from hasten.passes.steps.catalog import Request, build, read
 from hasten.passes.steps.fitting_threshold import Prediction, at, reaching
 from hasten.passes.steps.policy import Policy
+from hasten.passes.steps.simulate import idle
 
 if TYPE_CHECKING:
     from hasten.backends.calibrate_file import Calibration
@@ -32,7 +33,7 @@ _SOUGHT: Mapping[str, Mapping[str, Any]] = {
     "deepcache": {},
 }
 """The policies that can be calibrated, with something in the place of what calibration finds."""
-_OTHERS_NUMBERS = ("model", "coefficients", "ratios", "schedule", "computed", "computed_bins")
+_OTHERS_NUMBERS = ("model", "coefficients", "ratios", "schedule", "computed", "computed_bins", "weights")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def _threshold(calibration: Calibration, wishes: Wishes, options: Options, told:
     else:
         found = reaching(policy, samples, share, wishes.speedup or DEFAULT_SPEEDUP)
     fit = {**told, "thresholds": [_row(p) for p in _sweep(policy, calibration)]}
-    return Fitted({**options, "threshold": found.threshold}, found.masks, fit)
+    word = idle(policy, found.masks[0], found.threshold)
+    notes = () if word is None else (f"the first run is predicted so: {word}",)
+    return Fitted({**options, "threshold": found.threshold}, found.masks, fit, notes)
 
 
 def _sweep(policy: Policy, calibration: Calibration) -> list[Prediction]:

@@ -54,7 +54,7 @@ def kept(sample: Sample, payload: str) -> Moves:
     """How what a payload keeps moves in a recorded run; of modules that are skipped one by one, all together."""
     if sample.errors:
         return moves_of_errors(np.mean(list(sample.errors.values()), axis=0))
-    return sample.values["residual" if payload == "residual" else "value"]
+    return sample.values["residual" if payload.endswith("residual") else "value"]
 
 
 def guessed(moves: Sequence[Moves], computed: int, rank: str) -> str:
@@ -70,11 +70,12 @@ def search(
     bounds: Bounds,
     error: Error,
     known: MutableMapping[str, float],
+    guess: Callable[[str, int], str] | None = None,
 ) -> Found:
     """Start from the path along which what is kept moves least, and better it within the bounds.
 
     ``moves`` are those of what is kept, in each recorded run. ``known`` errors are not measured again, and new ones
-    are added.
+    are added. ``guess`` makes a better first mask of one and a seed, without a run.
     """
     stages: dict[str, tuple[str, float]] = {}
 
@@ -91,6 +92,8 @@ def search(
         enter("given", start)
     for rank in RANKS:
         enter(f"recorded distances, {rank}", guessed(moves, computed, rank))
+    if guess is not None:
+        enter("recorded products", guess(guessed(moves, computed, "sum"), bounds.seed))
     if bounds.longest:
         segments = measured(len(moves[0].size), bounds.longest, tried)
         for rank in RANKS:

@@ -5,6 +5,7 @@ Decisions and payloads are those of an engine, and `CachedRun` carries the state
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ from hasten.backends.cached_run import CachedRun
 from hasten.backends.calibrate_runs import Denoise, Draw, Runs
 from hasten.backends.step_cache import with_cache
 from hasten.passes.steps.catalog import parse
+from hasten.passes.steps.forecast import Taylor
+from hasten.passes.steps.payload import Residual, Value
 
 if TYPE_CHECKING:
     from hasten.backends.engine import Engine
     from hasten.backends.program import FlatProgram
     from hasten.passes.fx.step_cache import Cut
+    from hasten.passes.steps.policy import Payload
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Cached:
     """A model with a step cache; looks like an engine to `CachedRun`."""
 
     def __init__(self, flat: FlatProgram, cut: Cut, text: str) -> None:
-        made = with_cache(flat, cut, parse(text), "straight")
+        policy = parse(text)
+        made = with_cache(flat, cut, policy, "straight")
         self._programs = {name: _Program(part) for name, part in made.programs.items()}
         self.manifest = SimpleNamespace(cache={"policy": text}, state=made.state)
         self.programs = tuple(self._programs)
         self.inputs = flat.inputs
         self.state_bytes = made.state_bytes
+        self.looks_back = _looks_back(policy.payload)
 
     def program(self, name: str) -> _Program:
         """One of `programs`."""
@@ -56,6 +62,16 @@ class Cached:
     def start(self, steps: int, mask: str | None = None) -> CachedRun:
         """Begin a run."""
         return CachedRun(cast("Engine", self), steps, mask=mask)
+
+
+def _looks_back(payload: Payload) -> int:
+    """How many of the computed calls before it a reused one depends on; the run's length where it may be all.
+
+    Taylor's weights depend on how far apart calls are, those of other forecasts on the calls' numbers in the run.
+    """
+    if isinstance(payload, (Residual, Value)):
+        return 1
+    return payload.history if isinstance(payload, Taylor) else sys.maxsize
 
 
 @dataclass
@@ -83,14 +99,19 @@ class Trials:
             self._plain[draw] = self.runs.run(denoise, draw), predictions
         return self._plain[draw][0]
 
+    def predictions(self, draw: Draw) -> list[torch.Tensor]:
+        """What the model predicted at each call of the run that computes them all."""
+        self.uncached(draw)
+        return self._plain[draw][1]
+
     def forced(self, cached: Cached, draw: Draw, mask: str) -> float:
-        """The mean squared error of a run with a forced mask; needs a payload that keeps one computed call."""
+        """The mean squared error of a run with a forced mask."""
         expected = self.uncached(draw)
         if "0" not in mask:
             return 0.0
-        known = mask.index("0") - 1
+        known = max(0, mask.index("0") - cached.looks_back)
         run = cached.start(len(mask) - known, mask[known:])
-        denoise = _Replayed(self._plain[draw][1][:known], self._denoise(run))
+        denoise = _Replayed(self.predictions(draw)[:known], self._denoise(run))
         return _error(self.runs.run(denoise, draw), expected)
 
     def free(self, cached: Cached, draw: Draw) -> tuple[float, str]:

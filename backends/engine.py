@@ -89,6 +89,8 @@ class Engine:
         """Begin a run of ``steps`` calls with the engine's step cache; see `CachedRun`."""
         from hasten.backends.cached_run import CachedRun
 
+        if self.manifest.loop is not None:
+            raise UsageError(f"engine {self.path.name!r} holds a whole sampler; run it with hasten.sampler(engine)")
         if self.manifest.cache is None:
             raise UsageError(f"engine {self.path.name!r} has no step cache; build it with a cache, or call it")
         return CachedRun(self, steps, threshold=threshold, limit=limit, mask=mask)

@@ -99,7 +99,7 @@ def package(
     return files
 
 
-OPAQUE = frozenset({"winograd_conv2d", "winograd_weight", "group_norm_affine", "apply_affine"})
+OPAQUE = frozenset({"winograd_conv2d", "winograd_weight", "group_norm_affine", "apply_affine", "flash_attention"})
 """Operators of ours that a package calls by name; the others are compiled into it."""
 
 
@@ -107,7 +107,8 @@ def _kernels(program: torch.export.ExportedProgram, out_dir: Path) -> list[str]:
     """Put the library of C++ kernels beside a package that calls it, so that the engine needs no compiler to load."""
     from hasten.passes.ops.native import build
 
-    called = {n.target._schema.name for n in program.graph.nodes if hasattr(n.target, "_schema")}
+    graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]  # branches and loops among them
+    called = {n.target._schema.name for graph in graphs for n in graph.nodes if hasattr(n.target, "_schema")}
     if not called.intersection(f"hasten::{name}" for name in OPAQUE) or not build.available():
         return []
     shutil.copyfile(build.loaded(), out_dir / build.LIBRARY)

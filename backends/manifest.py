@@ -50,7 +50,8 @@ class Manifest:
     ``artifact`` is the file that the target's runtime opens. ``dims`` gives (least, greatest) of every symbol in the
     shapes. ``constants`` are the arguments that were frozen at build time, by name. ``state`` lists the tensors that
     the caller carries from step to step. ``cache`` is the step cache: its policy's text, form, region, and the
-    ``programs`` beside the main one. ``audit`` is what was found in a TensorRT plan. ``seconds`` is the time of
+    ``programs`` beside the main one. ``loop`` is the sampler in the engine: its bounds and what it runs unless it is
+    told otherwise (`sampling.Looping`). ``audit`` is what was found in a TensorRT plan. ``seconds`` is the time of
     the build.
     """
 
@@ -66,6 +67,7 @@ class Manifest:
     state: tuple[Mapping[str, Any], ...] = ()
     audit: Mapping[str, Any] | None = None
     cache: Mapping[str, Any] | None = None
+    loop: Mapping[str, Any] | None = None
     files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Manifest:
             "report": dict(self.report),
             "audit": None if self.audit is None else dict(self.audit),
             "cache": None if self.cache is None else dict(self.cache),
+            "loop": None if self.loop is None else dict(self.loop),
             "seconds": self.seconds,
             "files": {name: {"sha256": sha, "size": size} for name, (sha, size) in self.files.items()},
         }
@@ -188,6 +191,7 @@ def _parse(content: Any, refuse: _Refuse) -> Manifest:
             report=_typed(content["report"], dict),
             audit=_typed(content["audit"], dict, type(None)),
             cache=_typed(content["cache"], dict, type(None)),
+            loop=_typed(content.get("loop"), dict, type(None)),
             seconds=_typed(content["seconds"], float, int),
             files={
                 k: (_typed(v["sha256"], str), _typed(v["size"], int)) for k, v in _typed(content["files"], dict).items()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hasten.backends.fold import signal_in_onnx
 from hasten.backends.manifest import TensorSpec
-from hasten.backends.onnx_signature import Signature
+from hasten.backends.onnx_signature import Signature, signature
 from hasten.backends.shapes import Profile, bound, evaluate
 from hasten.backends.step_cache import Caching, is_static
 
@@ -38,8 +39,10 @@ def with_cache(caching: Caching, model: onnx.ModelProto, sizes: Mapping[str, int
     from hasten.backends.region import find_cut_onnx
     from hasten.passes.onnx import step_cache
 
+    caching.check_fits(report.source, signature(model).inputs)
     step_cache.require_opset(model)
     found = find_cut_onnx(model, caching.policy, caching.region)
+    caching = caching.folded(found, lambda: signal_in_onnx(model, found, _time_sizes(model, found.time, sizes)))
     if caching.form == "conditional":
         cached = step_cache.conditional(model, found.cut, caching.policy)
     else:
@@ -47,6 +50,11 @@ def with_cache(caching: Caching, model: onnx.ModelProto, sizes: Mapping[str, int
     state = tuple(_state(t, sizes) for t in cached.state)
     described = caching.describe(found, sum(s["bytes"] for s in state), report)
     return CachedModel({name: p.model for name, p in cached.programs.items()}, state, described)
+
+
+def _time_sizes(model: onnx.ModelProto, name: str | None, sizes: Mapping[str, int]) -> list[int]:
+    (given,) = (spec for spec in signature(model).inputs if spec.name == name)
+    return [evaluate(size, sizes) or 1 for size in given.shape]
 
 
 def take_sizes(model: onnx.ModelProto, original: onnx.ModelProto) -> None:

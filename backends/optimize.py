@@ -107,8 +107,11 @@ def optimize_onnx(
     strict: bool = False,
     verify: str = "sites",
     dump: str | Path | None = None,
+    choosing: Choosing | None = None,
 ) -> tuple[onnx.ModelProto, Report]:
     """Rewrite an ONNX model, given as a path or in memory, for ``target``; see `optimize` for the options.
+
+    Of ``choosing``, the limits bound each layer; the roofline model chooses, since nothing is timed in ONNX Runtime.
 
     Every operator of ours that stays in the result has a function body in standard operators, so the result runs in
     any runtime.
@@ -123,7 +126,18 @@ def optimize_onnx(
     report = Report(source=read.source, ir="onnx", target=str(parsed), notes=list(read.notes))
     graph = OnnxGraph(read.model)
     check = SiteCheck() if verify != "structure" else None
-    run_pipeline(graph, "onnx", parsed, report, passes=passes, fuel=fuel, skip=skip, verify=check, dump=dump)
+    run_pipeline(
+        graph,
+        "onnx",
+        parsed,
+        report,
+        passes=passes,
+        fuel=fuel,
+        skip=skip,
+        verify=check,
+        dump=dump,
+        limits=(choosing or Choosing()).limits(),
+    )
     if check is not None and check.unchecked:
         report.notes.append(f"{check.unchecked} sites are too large to be compared with what they replace")
     report.notes.extend(graph.notes)

@@ -22,11 +22,15 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Found(Generic[C]):
-    """A cut, lines about it for a person, and the part of the graph's operations that is inside."""
+    """A cut, lines about it for a person, and the part of the graph's operations that is inside.
+
+    ``time`` is the timestep's input where the decision depends on it alone, else None.
+    """
 
     cut: C
     lines: tuple[str, ...]
     share: float
+    time: str | None = None
 
     @property
     def summary(self) -> str:
@@ -77,7 +81,8 @@ def _search(flow: Any, kind: Callable[..., C], policy: Policy, region: str | Non
     found = find(flow, policy, region)
     if isinstance(found, Refusal):
         raise HastenError(f"{policy.name} finds nothing to skip in this graph: {found.reason}")
-    if found.no_residual is not None and policy.payload.name != "value":
+    kept = getattr(policy.payload, "of", policy.payload.name)  # a forecast says of what it is
+    if found.no_residual is not None and kept != "value":
         raise HastenError(
             f"{policy.name} adds the last change to what comes in, which cannot be here: {found.no_residual}; take a "
             "policy whose payload is a value"
@@ -92,4 +97,4 @@ def _search(flow: Any, kind: Callable[..., C], policy: Policy, region: str | Non
         tap=found.tap.value if found.tap is not None else None,
         tap_base=found.tap.base if found.tap is not None else None,
     )
-    return Found(cut, tuple(found.describe(policy)), found.share)
+    return Found(cut, tuple(found.describe(policy)), found.share, found.time if found.foldable else None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hasten.backends.fold import SignalAt, fold, signal_in_graph, times_of
 from hasten.backends.manifest import Dim, TensorSpec
 from hasten.errors import HastenError, UsageError, nearest
 
@@ -38,12 +39,18 @@ class CachedProgram:
 
 @dataclass(frozen=True)
 class Caching:
-    """What a build is asked to cache: the policy, the form, and the blocks that a reused step leaves out."""
+    """What a build is asked to cache: the policy, the form, and the blocks that a reused step leaves out.
+
+    ``calibration`` is the file that the policy is read from, None where it is written out; ``told`` the policy whose
+    decisions were folded into this one's mask.
+    """
 
     policy: Policy
     text: str
     form: str
     region: str | None
+    calibration: str | None = None
+    told: str | None = None
 
     @classmethod
     def of(cls, cache: str | None, form: str | None = None, region: str | None = None) -> Caching | None:
@@ -56,19 +63,43 @@ class Caching:
                     raise UsageError(f"{name} {value!r} was given without a cache; say which: --cache POLICY")
             return None
         policy = parse(cache)
-        return cls(policy, canonical(cache), choose_form(form, policy), region)
+        calibration = cache.strip() if cache.strip().endswith(".json") else None
+        return cls(policy, canonical(cache), choose_form(form, policy), region, calibration)
 
     def apply(self, flat: FlatProgram, report: Report) -> tuple[CachedProgram, dict[str, Any]]:
         """Find the region in ``flat``, cut it, and describe what was done, for the manifest and the report."""
         from hasten.backends.region import find_cut
 
+        self.check_fits(report.source, flat.inputs)
         found = find_cut(flat.module, self.policy, self.region)
-        cached = with_cache(flat, found.cut, self.policy, self.form)
-        return cached, self.describe(found, cached.state_bytes, report)
+        folded = self.folded(found, lambda: signal_in_graph(flat, found))
+        cached = with_cache(flat, found.cut, folded.policy, folded.form)
+        return cached, folded.describe(found, cached.state_bytes, report)
+
+    def folded(self, found: Found[Any], signal: Callable[[], SignalAt]) -> Caching:
+        """The same with a mask in the decision's place, where the policy was told the run's timesteps."""
+        if self.form != "straight" or not times_of(self.policy):
+            return self
+        made = fold(self.policy, found, signal())
+        return replace(self, policy=made.policy, text=made.text, told=self.text)
+
+    def check_fits(self, model: str, inputs: Sequence[TensorSpec]) -> None:
+        """Refuse a calibration of another registered model, or of other sizes, than is being built."""
+        from hasten.backends.calibrate_file import check_fits
+        from hasten.models.registry import names
+
+        if self.calibration is None:
+            return
+        sizes = [size for size in inputs[0].shape[1:] if isinstance(size, int)] if inputs else []
+        known = bool(inputs) and len(sizes) == len(inputs[0].shape) - 1
+        check_fits(self.calibration, model if model in names() else None, None, (1, *sizes) if known else None)
 
     def describe(self, found: Found[Any], state_bytes: int, report: Report) -> dict[str, Any]:
         """What was done, for the manifest; one line of it goes into the report as well."""
-        summary = f"step cache {self.text}: {found.summary}; form {self.form}, state {state_bytes / 1e6:.3g} MB"
+        kept = f"form {self.form}, state {state_bytes / 1e6:.3g} MB"
+        summary = f"step cache {self.text}: {found.summary}; {kept}"
+        if self.told is not None:
+            summary += f"; the mask is what {self.told.partition(':')[0]} decides at the timesteps that it was told"
         report.notes.append(summary)
         return {
             "policy": self.text,
@@ -83,7 +114,7 @@ class Caching:
 def choose_form(form: str | None, policy: Policy) -> str:
     """The form asked for, or the one without a branch where the schedule is known before the run."""
     if form is None:
-        return "straight" if is_static(policy) else "conditional"
+        return "straight" if is_static(policy) or times_of(policy) else "conditional"
     if form not in FORMS:
         raise UsageError(f"cache form {form!r} is none of {', '.join(FORMS)}.{nearest(form, FORMS)}")
     return form

@@ -13,8 +13,9 @@ PASSES = {
     "group-norm-act": "hasten.passes.rules.group_norm_act:GROUP_NORM_ACT",
     "fold-conv": "hasten.passes.rules.fold_conv:FOLD_CONV",
     "upsample-conv": "hasten.passes.rules.upsample_conv:UPSAMPLE_CONV",
-    "winograd-conv2d": "hasten.passes.fx.winograd:WINOGRAD_CONV2D",
+    "winograd-conv2d": "hasten.passes.winograd:WINOGRAD_CONV2D",
     "native-group-norm": "hasten.passes.fx.native_norm:NATIVE_GROUP_NORM",
+    "native-attention": "hasten.passes.fx.native_attention:NATIVE_ATTENTION",
     "legalise": "hasten.passes.onnx.legalise:LEGALISE",
 }
 
@@ -31,10 +32,12 @@ FX = (
     *RULES,
     "winograd-conv2d",  # after all rules: takes up the norms and upsamplings that they made
     "native-group-norm",  # the norms that no convolution took up
+    "native-attention",  # after all that move or scale its operands
 )
 ONNX = (
     "canonical",  # exporters' spellings of shapes and constants -> one form, so that the rules see constants
     *RULES,
+    "winograd-conv2d",  # convolutions that no rule above took into an operator
     "legalise",  # last: what the target cannot run, or runs slower than its own spelling, is lowered
 )
 

@@ -12,9 +12,9 @@ from typing import Any
 
 DIRECT = "direct"
 """The library's own: what the graph had before."""
-DEFAULT_MAX_ERROR = 1e-6
-"""Relative rms error of a layer. Direct float32 convolutions are 2e-7 to 3e-7 off and F(4x4) 6e-7 to 1e-6; F(6x6), at
-3e-6, must be asked for with a larger bound."""
+DEFAULT_MAX_ERROR = 1.2e-6
+"""Relative rms error of a layer. Direct float32 convolutions are 2e-7 to 3e-7 off, F(4x4) 6e-7 to 1e-6 in our kernels
+and 1e-6 to 1.1e-6 in ONNX operators; F(6x6), at 3e-6, must be asked for with a larger bound."""
 
 
 @dataclass(frozen=True)

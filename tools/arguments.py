@@ -69,6 +69,73 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--region", metavar="FIRST:LAST", help="the blocks that a reused step leaves out")
 
 
+SOLVER_HELP = (
+    "NAME, or NAME:OPTION=VALUE,…, such as unipc:order=2,levels=karras: the sampler's loop goes into the engine"
+)
+
+
+def sampler_options(parser: argparse.ArgumentParser) -> None:
+    """A whole sampler in the engine; `sampling` reads what was given."""
+    group = parser.add_argument_group("sampler (the whole loop in the engine: noise in, latents out)")
+    group.add_argument("--solver", metavar="NAME", help=SOLVER_HELP)
+    group.add_argument("--steps", type=whole(1), metavar="N", help="what the engine does unless told otherwise: 20")
+    group.add_argument(
+        "--guidance", type=number, metavar="SCALE", help="classifier-free guidance (1, the default: none)"
+    )
+    group.add_argument(
+        "--guidance-form",
+        metavar="FORM",
+        help="batched (one call of twice the batch), sequential (two calls), embedded (the network takes it), none",
+    )
+    group.add_argument("--rescale", action="store_true", help="guidance that can be rescaled at run time")
+    group.add_argument(
+        "--noise", metavar="KIND", help="of stochastic solvers: seed (made in the engine), input or none"
+    )
+    group.add_argument("--inpaint", action="store_true", help="pictures of which a part is kept")
+    group.add_argument(
+        "--rows", type=whole(1), metavar="N", help="most evaluations that the engine takes (default 128)"
+    )
+    group.add_argument(
+        "--scheduler", type=Path, metavar="FILE", help="scheduler_config.json: what the network was trained on"
+    )
+
+
+def sampling(args: argparse.Namespace) -> Any:
+    """The `hasten.Sampling` that `sampler_options` asked for, None without one."""
+    if args.solver is None:
+        given = ("steps", "guidance", "guidance_form", "noise", "rows", "scheduler", "rescale", "inpaint")
+        if extra := [name for name in given if getattr(args, name)]:
+            raise UsageError(f"--{extra[0].replace('_', '-')} is of a sampler; say which: --solver NAME")
+        return None
+    from hasten.backends.sampling import Sampling
+
+    return Sampling(
+        solver=args.solver,
+        steps=args.steps or 20,
+        guidance=1.0 if args.guidance is None else args.guidance,
+        form=args.guidance_form,
+        rescale=args.rescale,
+        noise=args.noise,
+        inpaint=args.inpaint,
+        rows=args.rows,
+        process=None if args.scheduler is None else _scheduler(args.scheduler),
+    )
+
+
+def _scheduler(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--scheduler: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--scheduler: {path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--scheduler: {path} holds a {type(found).__name__}, not a scheduler's configuration")
+    return found
+
+
 def rule_options(parser: argparse.ArgumentParser, *, verify: bool = True) -> None:
     """What the rules may do and must find."""
     group = parser.add_argument_group("rules")

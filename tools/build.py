@@ -15,6 +15,8 @@ from hasten.tools.arguments import (
     number,
     one_of,
     rule_options,
+    sampler_options,
+    sampling,
     source_options,
     target,
 )
@@ -29,7 +31,7 @@ SUMMARY = (
     "Build an engine directory: the compiled artifact, and a manifest with what was done and the hash of every file."
 )
 EXAMPLES = (
-    "hasten build unet.onnx --target onnxruntime:cpu --shapes sample:2x4x64x64 -o engines/unet",
+    "hasten build scenes-unet --target onnxruntime:cpu --solver unipc --steps 20 --guidance 3 -o engines/sampler",
     "hasten build scenes-dit --target aoti:cpu --cache first-block:threshold=0.2 -o engines/scenes-dit-cached",
     "hasten build sd15-unet --reduced --target tensorrt-rtx:sm89,sm120 --dtype float16 -o engines/sd15",
 )
@@ -51,6 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     rule_options(parser, verify=False)
     choice_options(parser)
     cache_options(parser)
+    sampler_options(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             cache=args.cache,
             cache_form=args.cache_form,
             region=args.region,
+            sampling=sampling(args),
             overwrite=args.force,
             progress=tell,
             **options,

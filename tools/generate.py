@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError, UsageError, nearest
-from hasten.tools.arguments import cache_options, expectations, number, one_of, target, whole
+from hasten.tools.arguments import SOLVER_HELP, cache_options, expectations, number, one_of, target, whole
 from hasten.tools.console import Console, duration, table
 from hasten.tools.files import check_folder, replace, replace_text
 from hasten.tools.generate_cached import CachedDenoise, summary
+from hasten.tools.generate_loop import LoopDenoise, sampling_of, table_of
 from hasten.tools.grid import write_rows
 from hasten.tools.quality import psnr
 from hasten.tools.timing import Times, take_turns
@@ -29,7 +30,7 @@ SUMMARY = "Generate the same pictures with a bundled model, plain and optimised,
 EXAMPLES = (
     "hasten generate scenes-unet -o out/ --steps 50 --cache easycache:threshold=0.1",
     "hasten generate scenes-dit -o out/ --steps 20 --count 4 --labels 0,5,10,15 --target onnxruntime:cpu",
-    "hasten generate scenes-unet -o out/ --against inductor,onnxruntime",
+    "hasten generate scenes-unet -o out/ --solver dpm++2m-karras --steps 20 --target onnxruntime:cpu",
 )
 BASELINE = "baseline (eager PyTorch)"
 AGAINST = ("inductor", "onnxruntime")
@@ -53,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", type=target, help="aoti:cpu, or onnxruntime:cpu where there is no C++ compiler")
     parser.add_argument("--steps", type=whole(1), default=25, help="solver steps (default 25)")
+    parser.add_argument("--solver", metavar="NAME", help=SOLVER_HELP)
     parser.add_argument("--guidance", type=number, default=2.0, help="classifier-free guidance (default 2; 1: none)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the noise (default 0)")
     parser.add_argument("--count", type=whole(1), default=8, help="pictures or clips (default 8)")
@@ -154,8 +156,9 @@ def _optimised(
 ) -> tuple[Denoise, dict[str, Any]]:
     """The optimised network, and its report."""
     if chosen == "inductor:cpu":
-        if args.cache is not None:
-            raise UsageError("--cache: for engines; take --target aoti:cpu or onnxruntime:cpu")
+        for name, value in (("cache", args.cache), ("solver", args.solver)):
+            if value is not None:
+                raise UsageError(f"--{name}: for engines; take --target aoti:cpu or onnxruntime:cpu")
         return _compiled(adapter, "hasten"), {}
     from hasten.backends.build import build
 
@@ -170,8 +173,11 @@ def _optimised(
             cache=args.cache,
             cache_form=args.cache_form,
             region=args.region,
+            sampling=None if args.solver is None else sampling_of(adapter, args.solver, args.steps, args.guidance),
             progress=tell,
         )
+    if args.solver is not None:
+        return LoopDenoise(engine, adapter), dict(engine.report)
     if args.cache is not None:
         return CachedDenoise(engine, args.steps), dict(engine.report)
     names = [t.name for t in engine.inputs]
@@ -236,9 +242,19 @@ def _generate(
             tell(contender.label, i / len(contenders))
             if isinstance(contender.denoise, CachedDenoise):
                 contender.denoise.begin()
-            contender.pictures = generate(
-                contender.denoise, adapter, labels, steps=args.steps, guidance=args.guidance, seed=args.seed
-            )
+            if isinstance(contender.denoise, LoopDenoise):
+                contender.pictures = contender.denoise.generate(labels, seed=args.seed)
+            else:
+                table = None if args.solver is None else table_of(adapter, args.solver, args.steps)
+                contender.pictures = generate(
+                    contender.denoise,
+                    adapter,
+                    labels,
+                    steps=args.steps,
+                    guidance=args.guidance,
+                    seed=args.seed,
+                    table=table,
+                )
             if not bool(contender.pictures.isfinite().all()):
                 raise HastenError(f"{contender.label} made pictures with NaN or infinity")
 
@@ -273,6 +289,8 @@ def _time(contenders: Sequence[Contender], adapter: Adapter, repeat: int, consol
 
 def _cache(denoise: Denoise, adapter: Adapter, labels: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
     """What the step cache did and what it gained; empty without one."""
+    if isinstance(denoise, LoopDenoise):
+        return denoise.report(labels, args.seed, args.repeat) if args.cache is not None else {}
     if not isinstance(denoise, CachedDenoise):
         return {}
     import torch
@@ -288,6 +306,8 @@ def _cache(denoise: Denoise, adapter: Adapter, labels: Sequence[int], args: argp
 
 def _call(denoise: Denoise, inputs: Sequence[torch.Tensor], repeat: int) -> Callable[[], object]:
     """One step; a computed one where there is a step cache, whose reused steps are timed apart."""
+    if isinstance(denoise, LoopDenoise):
+        return denoise.one_row()
     if not isinstance(denoise, CachedDenoise):
         return lambda: denoise(*inputs)
     run = denoise.engine.start(8 * repeat, mask="1" * (8 * repeat))
@@ -323,6 +343,7 @@ def _document(
         "model": args.model,
         "target": chosen,
         "steps": args.steps,
+        "solver": args.solver,
         "guidance": args.guidance,
         "seed": args.seed,
         "labels": list(labels),
@@ -342,7 +363,7 @@ def _show(contenders: Sequence[Contender], document: Mapping[str, Any], console:
         cells = (f"{speedup['median']:.2f}x", f"{speedup['p20']:.2f}x to {speedup['p80']:.2f}x", quality)
         shown.add_row(row["name"], duration(row["seconds_per_step"]["median"]), *(cells if i else ("", "", "")))
     count = len(document["labels"])
-    solver = "DDIM" if document["model"] == "scenes-unet" else "flow Euler"
+    solver = document["solver"] or ("DDIM" if document["model"] == "scenes-unet" else "flow Euler")
     made = "clips" if contenders[0].pictures.ndim == 5 else "pictures"
     console.show(
         f"{document['model']}: {count} {made}, {document['steps']} {solver} steps, "

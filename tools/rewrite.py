@@ -39,7 +39,7 @@ def rewrite(source: Source, args: argparse.Namespace, console: Console) -> Rewri
     options["target"] = args.target or default
     with console.progress(f"reading {source.text}") as tell:
         if source.kind == ONNX:
-            return _onnx(source, args.shapes, options, tell)
+            return _onnx(source, args.shapes, {**options, "choosing": choosing(args)}, tell)
         if args.shapes is not None:
             raise UsageError(
                 f"--shapes is for ONNX files; the sizes of '{source.text}' are those of its example inputs"

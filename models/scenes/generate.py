@@ -40,9 +40,14 @@ def solver(adapter: Adapter, steps: int) -> SolverTable:
 
 def initial_noise(adapter: Adapter, count: int, seed: int) -> torch.Tensor:
     """Draw unit noise, (count, C, [F,] H, W) float32; that of picture or clip i depends on ``seed`` and i alone."""
+    return _noise(adapter, count, seed, 1)[0]
+
+
+def _noise(adapter: Adapter, count: int, seed: int, draws: int) -> list[torch.Tensor]:
+    """Draw several times, each picture from a generator of its own."""
     shape = adapter.inputs[0].shape[1:]
-    generators = (torch.Generator().manual_seed((seed << 24) + i) for i in range(count))
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    generators = [torch.Generator().manual_seed((seed << 24) + i) for i in range(count)]
+    return [torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(draws)]
 
 
 def generate(
@@ -53,6 +58,7 @@ def generate(
     steps: int = 50,
     guidance: float = 2.0,
     seed: int = 0,
+    table: SolverTable | None = None,
     device: torch.device | str = "cpu",
     callback: Callable[[int, float, torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
@@ -60,7 +66,7 @@ def generate(
 
     Classifier-free guidance (Ho & Salimans, 2207.12598): the network sees a batch of 2 B, first with the labels and
     then without, and ``f = f_without + guidance * (f_with - f_without)``. At guidance 1 it sees the labelled half
-    alone.
+    alone. ``table`` is the solver's, the model's plain one (`solver`) unless given.
     """
     spec = _specification(adapter)
     drawn = subject(spec)
@@ -81,9 +87,10 @@ def generate(
         with_label, without = prediction.chunk(2)
         return without + guidance * (with_label - without)
 
-    noise = initial_noise(adapter, len(label), seed).to(device)
+    table = table or solver(adapter, steps)
+    first, *later = (z.to(device) for z in _noise(adapter, len(label), seed, 1 + len(table.noisy)))
     with torch.no_grad():
-        latents = sample(predict, solver(adapter, steps), noise, callback=callback)
+        latents = sample(predict, table, first, noise=later, callback=callback)
     return drawn.pixels(latents, spec["unshuffle"]).clamp(-1, 1).cpu()
 
 

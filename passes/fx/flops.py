@@ -133,7 +133,7 @@ _MULTIPLICATIONS: dict[str, Callable[[Arguments, tuple[int, ...]], int]] = {
     "baddbmm": _product("batch1"),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention("query", "key", "value"),
-    "hasten.attention": _attention("q", "k", "v"),
+    **dict.fromkeys(("hasten.attention", "hasten.flash_attention"), _attention("q", "k", "v")),
     "hasten.upsample_conv2d": _upsample_conv,
     "hasten.winograd_conv2d": _winograd,
 }

@@ -6,6 +6,13 @@ from typing import Any
 
 from hasten.passes.fx.call import Call, Row
 from hasten.passes.pattern import OpView
+from hasten.passes.rules.norm_operands import OPERANDS
+
+
+def _attention(call: Call) -> OpView[Any] | None:
+    operands = tuple(call.value(name) for name in ("q", "k", "v"))
+    attrs = {"scale": call.raw("scale"), "causal": call.raw("causal")}
+    return None if None in operands else OpView("attention", (*operands, call.value("mask")), attrs)
 
 
 def _group_norm_act(call: Call) -> OpView[Any] | None:
@@ -13,7 +20,7 @@ def _group_norm_act(call: Call) -> OpView[Any] | None:
     if x is None:
         return None
     attrs = {"norm_groups": call.raw("groups", 32), "norm_eps": call.raw("eps", 1e-5), "norm_act": call.raw("act")}
-    operands = (x, *(call.value(name) for name in ("weight", "bias", "scale", "shift")))
+    operands = (x, *(call.value(name) for name in OPERANDS))
     return OpView("group_norm_act", operands, attrs)
 
 
@@ -23,7 +30,8 @@ def _upsample_conv2d(call: Call) -> OpView[Any] | None:
 
 
 OWN: dict[str, Row] = {
-    "hasten.group_norm_act": Row(("x", "weight", "bias", "scale", "shift", "groups", "eps", "act"), _group_norm_act),
+    "hasten.attention": Row(("q", "k", "v", "mask", "scale", "causal"), _attention),
+    "hasten.group_norm_act": Row(("x", *OPERANDS, "groups", "eps", "act"), _group_norm_act),
     "hasten.upsample_conv2d": Row(("x", "weight", "bias"), _upsample_conv2d),
 }
 """Rows of `passes.fx.tables.READ`."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from hasten.errors import UsageError, nearest
 from hasten.passes.choice import DIRECT, Candidate, Choice, Layer, Limits, within_budget
 from hasten.passes.fx import constants
 from hasten.passes.fx.graph import FxGraph
@@ -36,21 +35,17 @@ NAME = "winograd-conv2d"
 BACKENDS = ("inductor", "aoti")
 
 
-class WinogradConv2d:
-    """The pass; options are ``form`` (one implementation for all sites, ``winograd-f4``) and ``fuse`` (true)."""
-
-    name = NAME
-
-    def run(self, graph: FxGraph, context: Context) -> RuleReport:
-        backend, _, device = context.target.partition(":")
-        if graph.ir != "fx" or backend not in BACKENDS:
-            return RuleReport(NAME)
-        if device == "cpu" and (why := build.load()) is not None:
-            context.notes.append(f"{NAME}: convolutions keep the library's implementation, since {why}")
-            return RuleReport(NAME)
-        job = _Job(graph, context)
-        job.choose()
-        return job.tell(job.rewrite())
+def run(graph: FxGraph, context: Context) -> RuleReport:
+    """Run the pass over an FX graph that a CPU or CUDA backend of torch's compiles."""
+    backend, _, device = context.target.partition(":")
+    if backend not in BACKENDS:
+        return RuleReport(NAME)
+    if device == "cpu" and (why := build.load()) is not None:
+        context.notes.append(f"{NAME}: convolutions keep the library's implementation, since {why}")
+        return RuleReport(NAME)
+    job = _Job(graph, context)
+    job.choose()
+    return job.tell(job.rewrite())
 
 
 class _Job:
@@ -61,7 +56,6 @@ class _Job:
         options = dict(context.options.get(NAME, {}))
         self.forced: str | None = options.pop("form", None)
         fuse = options.pop("fuse", True)
-        _check_options(options, self.forced)
         self.views = list(graph.views())
         self.spellings = tuple(
             (n, p) for n, p in rules.spellings() if fuse or n in ("conv", "pad-conv", "upsample-conv")
@@ -198,14 +192,3 @@ class _Job:
 def _forced(layer: Layer, candidates: Sequence[Candidate], why: str) -> Choice:
     chosen = candidates[-1]
     return Choice(layer, chosen, why or "asked for by name", candidates[0].predicted_seconds)
-
-
-def _check_options(options: dict[str, Any], forced: str | None) -> None:
-    if options:
-        raise UsageError(f"passes: {NAME} has no option {next(iter(options))!r}; options: form, fuse")
-    known = [name for op in select.TILES for name in select.names(op)]
-    if forced is not None and forced not in known:
-        raise UsageError(f"passes: {NAME} has no form {forced!r}; forms: {', '.join(known)}.{nearest(forced, known)}")
-
-
-WINOGRAD_CONV2D = WinogradConv2d()

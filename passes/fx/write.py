@@ -68,6 +68,7 @@ _HASTEN = torch.ops.hasten
 
 WRITE: dict[str, Callable[[FxView, list[Any], Any], Written]] = {
     "attention": _plain(_HASTEN.attention.default, "scale", "causal"),
+    "flash_attention": _plain(_HASTEN.flash_attention.default, "scale"),
     "group_norm_act": _plain(_HASTEN.group_norm_act.default, "groups", "eps", "act"),
     "geglu": _plain(_HASTEN.geglu.default, "approximate", "gate_first"),
     "upsample_conv2d": _plain(_HASTEN.upsample_conv2d.default),

@@ -18,6 +18,7 @@ import onnx
 from onnx import helper
 
 from hasten.passes.onnx import element
+from hasten.passes.rules.norm_operands import OPERANDS
 
 DOMAIN = "hasten"
 
@@ -138,11 +139,7 @@ def group_norm_act(body: Body, attrs: dict[str, Any], signature: Signature) -> s
     if has_affine:
         flat = body.op("Reshape", x, body.constant([0, 0, -1]))
         y = body.op("Reshape", y, body.op("Shape", flat))
-        slots = {
-            slot: _up(body, name, signature, slot)
-            for slot, name in enumerate(("", "weight", "bias", "scale", "shift"))
-            if slot and signature.has(slot)
-        }
+        slots = {slot: _up(body, name, signature, slot) for slot, name in enumerate(OPERANDS, 1) if signature.has(slot)}
         factor = body.unsqueeze(slots[1], 1) if 1 in slots else None
         offset = body.unsqueeze(slots[2], 1) if 2 in slots else None
         if 3 in slots:
@@ -299,7 +296,7 @@ class Fused:
 
 
 FUSED = {
-    "GroupNormAct": Fused(("X", "weight", "bias", "scale", "shift"), ("groups", "eps", "act"), group_norm_act),
+    "GroupNormAct": Fused(("X", *OPERANDS), ("groups", "eps", "act"), group_norm_act),
     "Geglu": Fused(("X",), ("approximate", "gate_first"), geglu),
     "Gelu": Fused(("X",), ("approximate",), gelu),
     "Attention": Fused(("Q", "K", "V", "mask"), ("scale", "causal"), attention),

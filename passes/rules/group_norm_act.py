@@ -13,6 +13,7 @@ from typing import Any
 from hasten.passes.pattern import Checked, Const, GraphView, Match, OneOf, Op, Pattern, Var
 from hasten.passes.rule import Rule
 from hasten.passes.rules.group_norm import NORM
+from hasten.passes.rules.norm_operands import OPERANDS
 
 
 def _modulates(view: GraphView[Any], found: Match[Any]) -> str | None:
@@ -61,14 +62,16 @@ def _replace(view: GraphView[Any], found: Match[Any], root: Any) -> Any:
             return value
         return view.emit("reshape", [value], {"shape": (-1,)}, at=root)
 
+    operands = {name: found.values.get(name) for name in OPERANDS}
     if "folded" in found.attrs:
-        weight, bias = (view.emit_constant(c, at=root) for c in found.attrs["folded"])
+        affine = [view.emit_constant(c, at=root) for c in found.attrs["folded"]]
     else:
-        weight, bias = vector("weight"), vector("bias")
+        affine = [vector("weight"), vector("bias")]
+    operands |= zip(("weight", "bias"), affine, strict=True)
     x = found["x"]
     if (wanted := view.dtype(root)) is not None and wanted != view.dtype(x):  # autocast's norms are float32 on a GPU
         x = view.emit("cast", [x], {"to": wanted}, at=root)
-    inputs = [x, weight, bias, found.values.get("scale"), found.values.get("shift")]
+    inputs = [x, *operands.values()]
     attrs = {"groups": int(found.attrs["groups"]), "eps": float(found.attrs["eps"]), "act": found.tags["act"]}
     return view.emit("group_norm_act", inputs, attrs, at=root)
 

@@ -1,9 +1,9 @@
 """Nearest 2x upsampling, then a 3x3 convolution -> ``upsample_conv2d``: four 2x2 convolutions on the small map.
 
 Every output pixel of the pair sees only a 2x2 window of the small map, with the 3x3 kernel's taps that fall on one
-source pixel added up: exact, 2.25 times fewer multiplications, and the upsampled map is never written (kernels
-specification, 0.11). Left alone: other factors, strides, dilations, groups and paddings; an upsampled map that
-somebody else reads.
+source pixel added up: exact, 2.25 times fewer multiplications, and the upsampled map is never written: a
+resize convolution is a sub-pixel convolution whose taps are shared (Aitken et al., arXiv 1707.02937). Left alone: other
+factors, strides, dilations, groups and paddings; an upsampled map that somebody else reads.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hasten.errors import UsageError
+from hasten.passes.solvers.hooks import Hook
 from hasten.passes.solvers.table import SolverTable
 
 Array = Any  # a torch.Tensor or a numpy.ndarray
@@ -24,52 +25,89 @@ def step(
     """
     after = []
     for carry, gain, kick in zip(table.A[index], table.B[index], table.C[index], strict=True):
-        terms = [(float(w), latent) for w, latent in zip(carry, state, strict=True)]
-        terms += [(float(gain), prediction), (float(kick), noise)]
+        terms = [*_terms(carry, state), (float(gain), prediction), (float(kick), noise)]
         after.append(_weighted(terms, like=prediction))
     return after
 
 
 def network_input(table: SolverTable, index: int, state: Sequence[Array]) -> Array:
     """Form what the network sees at evaluation ``index``."""
-    return _weighted([(float(w), s) for w, s in zip(table.input[index], state, strict=True)], like=state[0])
+    return _combined(table.input[index], state)
 
 
 def sample(
-    denoise: Callable[[Array, float], Array],
+    denoise: Callable[..., Array] | Sequence[Callable[..., Array]],
     table: SolverTable,
     x: Array,
     *,
     noise: Sequence[Array] | None = None,
+    hook: Hook | None = None,
     callback: Callable[[int, float, Array], object] | None = None,
 ) -> Array:
     """Sample with ``denoise(y, t)`` from unit noise ``x``; returns an array of x's shape, float32 or better.
 
     ``y`` has x's shape and type, ``t`` is a float from the table's time column, and the network's output may have any
-    floating type. ``noise`` holds one unit-noise array for each of ``table.noisy``. ``callback(i, t, x)`` sees the
-    latents after every evaluation; what it raises ends the loop.
+    floating type. ``noise`` holds one unit-noise array for each of ``table.noisy``. ``hook(x0)`` replaces the predicted
+    x0 before the solver uses it: see `hooks`. ``callback(i, t, x)`` sees the latents after every evaluation; what it
+    raises ends the loop. A table of several networks takes a sequence of them; one that has a second input is called
+    ``network(y, t, condition)``.
     """
-    needed = len(table.noisy)
-    given = 0 if noise is None else len(noise)
+    networks = [denoise] if callable(denoise) else list(denoise)
+    _check(table, len(networks), 0 if noise is None else len(noise))
+    table = table if hook else table.fold()
+    wide = _wide(x)
+    state = [wide * table.init, *(wide * 0.0 for _ in range(table.width - 1))]
+    draws = iter(noise if noise is not None else ())
+    conditioned = table.conditioned
+    for i, time in enumerate(table.time.tolist()):
+        seen = network_input(table, i, state)
+        given = [_as(seen, x), time]
+        if table.network[i] in conditioned:
+            given.append(_as(_combined(table.condition[i], state), x))
+        prediction = _wide(networks[table.network[i]](*given))
+        draw = _wide(next(draws)) if table.C[i].any() else None
+        state = (
+            hooked_step(table, i, state, prediction, draw, hook) if hook else step(table, i, state, prediction, draw)
+        )
+        if callback is not None:
+            callback(i, time, _combined(table.output, state))
+    return _combined(table.output, state)
+
+
+def _check(table: SolverTable, networks: int, given: int) -> None:
+    wanted, needed = int(table.network.max()) + 1, len(table.noisy)
+    if networks != wanted:
+        raise UsageError(f"sample: the solver evaluates {wanted} networks; {networks} were given")
     if given != needed:
         raise UsageError(
             f"sample: the solver adds noise in {needed} of {len(table)} rows; {given} noise arrays were given"
         )
-    table = table.fold()
-    wide = _wide(x)
-    state = [wide * table.init, *(wide * 0.0 for _ in range(table.width - 1))]
-    draws = iter(noise if noise is not None else ())
-    for i, time in enumerate(table.time.tolist()):
-        seen = network_input(table, i, state)
-        prediction = _wide(denoise(_as(seen, x), time))
-        state = step(table, i, state, prediction, _wide(next(draws)) if table.C[i].any() else None)
-        if callback is not None:
-            callback(i, time, _result(table, state))
-    return _result(table, state)
 
 
-def _result(table: SolverTable, state: Sequence[Array]) -> Array:
-    return _weighted([(float(w), s) for w, s in zip(table.output, state, strict=True)], like=state[0])
+def hooked_step(
+    table: SolverTable, index: int, state: Sequence[Array], prediction: Array, noise: Array | None, hook: Hook
+) -> list[Array]:
+    """Do what `step` does, on a table that is not folded, with the hook on the predicted x0 in between."""
+    of_input, of_integrand = table.clean[index].tolist()
+    if of_integrand == 0:
+        raise UsageError(f"sample: row {index} says nothing about x0, which the hook is for; sample without it")
+    seen = network_input(table, index, state)
+    integrand = _weighted([(float(table.cy[index]), seen), (float(table.cf[index]), prediction)], like=prediction)
+    x0 = hook(_weighted([(of_input, seen), (of_integrand, integrand)], like=prediction))
+    integrand = _weighted([(1 / of_integrand, x0), (-of_input / of_integrand, seen)], like=prediction)
+    after = []
+    for k, carry in enumerate(table.A[index]):
+        extra = [(table.B[index, k], integrand), (table.direct[index, k], prediction), (table.C[index, k], noise)]
+        after.append(_weighted([*_terms(carry, state), *extra], like=prediction))
+    return after
+
+
+def _terms(weights: Any, state: Sequence[Array]) -> list[tuple[float, Array]]:
+    return [(float(w), s) for w, s in zip(weights, state, strict=True)]
+
+
+def _combined(weights: Any, state: Sequence[Array]) -> Array:
+    return _weighted(_terms(weights, state), like=state[0])
 
 
 def _weighted(terms: Sequence[tuple[float, Array]], *, like: Array) -> Array:
@@ -77,7 +115,7 @@ def _weighted(terms: Sequence[tuple[float, Array]], *, like: Array) -> Array:
     total = None
     for weight, array in terms:
         if weight != 0:
-            scaled = array if weight == 1 else array * weight
+            scaled = array if weight == 1 else array * float(weight)
             total = scaled if total is None else total + scaled
     return like * 0.0 if total is None else total
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ Array = npt.NDArray[np.float64]
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 def betas(schedule: str, count: int = 1000, *, start: float = 0.0001, end: float = 0.02) -> Array:
@@ -44,46 +43,63 @@ def alpha_bar(schedule: str, count: int = 1000, **ends: float) -> Array:
     return np.cumprod(1 - betas(schedule, count, **ends), dtype=np.float64)
 
 
-def ddim_times(spacing: str, steps: int, count: int = 1000, *, offset: int = 0) -> npt.NDArray[np.int64]:
-    """Return the training times that DDIM and PNDM visit, descending (Lin et al., 2305.08891, table 2).
+def zero_terminal_snr(bars: Array) -> Array:
+    """Rescale alpha_bar so that the last time has no signal at all and the first keeps its own (2305.08891)."""
+    root = np.sqrt(bars)
+    return np.asarray(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
-    ``offset`` (diffusers: ``steps_offset``) shifts the leading grid only. Other samplers mean other grids by the same
-    words.
+
+def spaced(
+    spacing: str, steps: int, count: int, *, offset: int = 0, last: bool = True, whole: bool = True, top: int = 0
+) -> Array:
+    """Return ``steps`` descending times of 0 .. count - 1 (Lin et al., 2305.08891, table 2).
+
+    Samplers mean different grids by the same words. Without ``last``, leading and linspace have one point more, and the
+    lowest is left out: it is the end. linspace is rounded where ``whole``. ``offset`` (diffusers: ``steps_offset``)
+    shifts the leading grid only. ``top`` times at the noisy end are left out.
     """
     if not 1 <= steps <= count:
         raise UsageError(f"{steps} sampling steps were asked for; the schedule has times for 1 to {count}")
+    points, most = steps + (not last), count - top
     if spacing == "leading":
-        times = np.arange(steps, dtype=np.float64)[::-1] * (count // steps) + offset
+        times = np.arange(points, dtype=np.float64)[::-1] * (most // points) + offset
     elif spacing == "trailing":
-        times = np.round(np.arange(count, 0, -count / steps)) - 1
+        times = np.round(np.arange(most, 0, -count / steps)) - 1
     elif spacing == "linspace":
-        times = np.linspace(0, count - 1, steps).round()[::-1]
+        times = np.linspace(0, most - 1, points)[::-1]
+        times = times.round() if whole else times
     else:
         raise UsageError(f"unknown spacing {spacing!r}; there are {', '.join(SPACINGS)}.{nearest(spacing, SPACINGS)}")
+    times = times[:steps]
+    if len(times) < steps:
+        raise UsageError(
+            f"{steps} sampling steps were asked for; the trailing grid without {top} times has {len(times)}"
+        )
     if times[0] >= count:
         raise UsageError(
             f"the leading grid of {steps} steps with offset {offset} starts at {times[0]:.0f}, "
             f"past the last training time {count - 1}; lower the offset"
         )
-    return times.astype(np.int64)
+    return times
 
 
-def to_x0(prediction: str, a: Any, b: Any) -> tuple[Array, Array]:
-    """``(cy, cf)`` with ``x0 = cy y + cf f`` for a network that predicts epsilon, the sample, or v = a eps - b x0.
+def ddim_times(spacing: str, steps: int, count: int = 1000, *, offset: int = 0) -> npt.NDArray[np.int64]:
+    """Return the training times that DDIM and PNDM visit, (steps,), descending; see `spaced`."""
+    return spaced(spacing, steps, count, offset=offset).astype(np.int64)
 
-    ``a`` and ``b`` are (M,), y = a x0 + b eps, a^2 + b^2 = 1.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if prediction == "epsilon":
-        if (a == 0).any():
-            raise UsageError(
-                "epsilon prediction says nothing where the signal level is zero; use v_prediction or sample"
-            )
-        return 1 / a, -b / a
-    if prediction == "sample":
-        return np.zeros_like(a), np.ones_like(a)
-    if prediction == "v_prediction":
-        return a, -b
-    raise UsageError(
-        f"unknown prediction type {prediction!r}; there are {', '.join(PREDICTIONS)}.{nearest(prediction, PREDICTIONS)}"
-    )
+
+def check_times(times: Sequence[float], steps: int, bars: Array) -> Array:
+    """Return the caller's own times, (steps,), in order: descending, each once, within the schedule."""
+    given = np.asarray(times, np.float64)
+    if given.ndim != 1 or len(given) != steps:
+        raise UsageError(f"{steps} steps were asked for with {given.size} times; give one time a step")
+    if not np.isfinite(given).all() or given.min() < 0 or given.max() > len(bars) - 1:
+        raise UsageError(f"times go from 0 to {len(bars) - 1}; {_listed(given)} were given")
+    if (np.diff(given) >= 0).any():
+        raise UsageError(f"times must descend, each given once; {_listed(given)} were given")
+    return given
+
+
+def _listed(values: Array) -> str:
+    shown = [f"{v:g}" for v in values[:8]]
+    return ", ".join(shown + ["..."] * (len(values) > 8))

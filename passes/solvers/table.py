@@ -9,6 +9,7 @@ Every deterministic or stochastic sampler whose update is linear in the latents 
 
 over a state ``S`` of K latents that starts as ``(init * x, 0, ..., 0)``; the result is ``output . S`` after the last
 row. A row is one network evaluation, not one "step", so that methods with several evaluations a step are rows as well.
+The builders keep what the network sees next as the first latent, so their ``input`` and ``output`` are (1, 0, ...).
 
 M evaluations, K carried latents. Tables are float64 numpy arrays on the host and are never computed with anything
 narrower; a loop rounds them once.
@@ -16,7 +17,8 @@ narrower; a loop rounds them once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,10 @@ from hasten.errors import UsageError
 Array = npt.NDArray[np.float64]
 
 
+def _unset() -> Array:
+    return np.empty(0)
+
+
 @dataclass(frozen=True, eq=False)
 class SolverTable:
     """Coefficients of a sampler; all arrays are float64, finite and read-only.
@@ -34,6 +40,12 @@ class SolverTable:
     ``time`` (M,) is fed to the network; ``input`` (M, K) forms its input; ``cy`` and ``cf`` (M,) turn its output into
     ``m``; ``A`` (M, K, K), ``B`` and ``C`` (M, K) update the state; ``output`` (K,) forms the result; ``init`` scales
     unit noise to the first latent. Rows whose ``C`` is zero take no noise.
+
+    Beyond the plain recurrence: ``clean`` (M, 2) gives the predicted x0 as ``clean[i] . (y, m)``, for hooks and
+    previews (default: m is x0). ``direct`` (M, K) adds ``direct[i] * f``, past a hook. ``network`` (M,) numbers the
+    network that row i evaluates and ``condition`` (M, K) forms its second input, for methods with several networks;
+    a network has one where any of its rows does. ``level`` (M + 1, 2) are signal and noise of what the network sees,
+    and of the result; zero where that is not known.
     """
 
     time: Array
@@ -45,22 +57,40 @@ class SolverTable:
     cf: Array
     output: Array
     init: float = 1.0
+    clean: Array = field(default_factory=_unset)
+    direct: Array = field(default_factory=_unset)
+    condition: Array = field(default_factory=_unset)
+    level: Array = field(default_factory=_unset)
+    network: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:-1]:
-            array = np.array(getattr(self, field.name), np.float64)
-            if not np.isfinite(array).all():
-                raise UsageError(f"solver table: {field.name} has a value that is not finite; no sampler can run it")
-            array.flags.writeable = False
-            object.__setattr__(self, field.name, array)
         m, k = len(self.time), len(self.output)
+        defaults = {
+            "clean": np.tile([0.0, 1.0], (m, 1)),
+            "direct": np.zeros((m, k)),
+            "condition": np.zeros((m, k)),
+            "level": np.zeros((m + 1, 2)),
+            "network": np.zeros(m),
+        }
         wanted = {"time": (m,), "input": (m, k), "A": (m, k, k), "B": (m, k), "C": (m, k), "cy": (m,), "cf": (m,)}
+        wanted |= {"output": (k,), "clean": (m, 2), "direct": (m, k), "condition": (m, k), "network": (m,)}
+        wanted["level"] = (m + 1, 2)
         for name, shape in wanted.items():
-            if getattr(self, name).shape != shape:
+            array = np.array(getattr(self, name), np.float64)
+            if name in defaults and not array.size:
+                array = defaults[name]
+            if not np.isfinite(array).all():
+                raise UsageError(f"solver table: {name} has a value that is not finite; no sampler can run it")
+            if array.shape != shape:
                 raise UsageError(
-                    f"solver table: {name} has shape {getattr(self, name).shape}, "
-                    f"but {m} evaluations over {k} latents need {shape}"
+                    f"solver table: {name} has shape {array.shape}, but {m} evaluations over {k} latents need {shape}"
                 )
+            if name == "network":
+                array = array.astype(np.int64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        if not m:
+            raise UsageError("solver table: there is no row; a sampler evaluates a network at least once")
 
     def __len__(self) -> int:
         """Count the network evaluations, M."""
@@ -76,6 +106,11 @@ class SolverTable:
         """The rows that add noise, in order: row ``noisy[j]`` takes the j-th noise latent."""
         return tuple(int(i) for i in np.flatnonzero(self.C.any(axis=1)))
 
+    @property
+    def conditioned(self) -> frozenset[int]:
+        """The networks that have a second input."""
+        return frozenset(int(n) for n in self.network[self.condition.any(axis=1)])
+
     def fold(self) -> SolverTable:
         """Move the conversion of the network's output into A and B: the same sampler with ``cy = 0``, ``cf = 1``.
 
@@ -84,10 +119,21 @@ class SolverTable:
         return replace(
             self,
             A=self.A + (self.B * self.cy[:, None])[:, :, None] * self.input[:, None, :],
-            B=self.B * self.cf[:, None],
+            B=self.B * self.cf[:, None] + self.direct,
+            direct=np.zeros_like(self.B),
+            clean=np.stack([self.clean[:, 0] + self.clean[:, 1] * self.cy, self.clean[:, 1] * self.cf], 1),
             cy=np.zeros(len(self)),
             cf=np.ones(len(self)),
         )
+
+    @classmethod
+    def from_scheduler(
+        cls, scheduler: Any, steps: int, *, timesteps: Mapping[str, Any] | None = None, **step: Any
+    ) -> SolverTable:
+        """Build the table of a diffusers scheduler, any that is linear, by probing it; see `probe.from_scheduler`."""
+        from hasten.passes.solvers.probe import from_scheduler
+
+        return from_scheduler(scheduler, steps, timesteps=timesteps, **step)
 
     def response(self) -> Array:
         """Describe the sampler without a network: (M + 1, 1 + M + Z) coefficients on (x, f_1..f_M, z_1..z_Z).
@@ -108,7 +154,9 @@ class SolverTable:
         return np.array([*rows, self.output @ state])
 
 
-def one_latent(*, time: Any, a: Any, b: Any, c: Any, cy: Any, cf: Any, init: float = 1.0) -> SolverTable:
+def one_latent(
+    *, time: Any, a: Any, b: Any, c: Any, cy: Any, cf: Any, init: float = 1.0, level: Any = ()
+) -> SolverTable:
     """Build the table of a one-step method, ``x <- a x + b m + c z`` with network input x, from vectors of length M."""
     m = len(time)
     a, b, c = (np.broadcast_to(np.asarray(v, np.float64), (m,)) for v in (a, b, c))
@@ -122,4 +170,5 @@ def one_latent(*, time: Any, a: Any, b: Any, c: Any, cy: Any, cf: Any, init: flo
         cf=cf,
         output=np.ones(1),
         init=init,
+        level=level,
     )

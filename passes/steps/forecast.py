@@ -181,3 +181,16 @@ class Table(_Forecast):
             here = (control.step == call) & (calls[0] == computed)
             weights = [xp.where(here, xp.full_like(one, w), old) for w, old in zip(row, weights, strict=True)]
         return weights
+
+
+def rows_of_mask(bits: str, weights: Sequence[float], history: int) -> tuple[tuple[int, int, tuple[float, ...]], ...]:
+    """`Table.rows` for a mask: ``weights`` has ``history`` numbers for each of its reused calls, in order."""
+    rows: list[tuple[int, int, tuple[float, ...]]] = []
+    computed = 0
+    for call, bit in enumerate(bits):
+        if bit == "1" or call == 0:
+            computed = call
+        else:
+            own = weights[len(rows) * history : (len(rows) + 1) * history]
+            rows.append((call, computed, tuple(map(float, own))))
+    return tuple(rows)

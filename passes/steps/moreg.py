@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from hasten.passes.steps.policy import Array, mean_abs, namespace, ratio
 
 PIVOT, SQUARINGS, SCALE, SPEED = 0.385, 3, 1.0, 10.0
-"""The reference's ``h`` is (0.385, 8, 1, 2): pivot, power (2^3), scale, and a number that it does not use."""
+"""The reference's ``h`` is (0.385, 8, 1, 2): pivot, power (2^3), scale, and a number that it does not use. The pivot is
+Open-Sora's; in a model whose motion stays far below, every score is nothing, and a pivot of its own tells motion."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,22 @@ class Motion:
     """``window``: first and last call, counted from 1, that measure; others have the score 1. ``strides`` in frames.
 
     ``frames`` F: the tapped tensor is (…, F*S, C), frame by frame; None: it is (…, F, C), as temporal attention sees
-    it. ``reset``: the previous score starts at 1 in each run; the reference carries it into the next.
+    it. ``pivot``: the motion whose score is 1. ``reset``: the previous score starts at 1 in each run; the reference
+    carries it into the next.
     """
 
     window: tuple[int, int]
     strides: tuple[int, ...] = (1,)
     frames: int | None = None
     reset: bool = True
+    pivot: float = PIVOT
 
     def score(self, tap: Array, step: Array) -> Array:
         """The score of a call; ``step`` counts from 0."""
         xp = namespace(tap, step)
         tokens = 1 if self.frames is None else tap.shape[-2] // self.frames
         raw = sum(_motion(tap, stride * tokens) for stride in self.strides) / len(self.strides)
-        value = raw / PIVOT
+        value = raw / self.pivot
         for _ in range(SQUARINGS):
             value = value * value
         within = (step + 1 >= self.window[0]) & (step + 1 <= self.window[1])

@@ -7,7 +7,7 @@ where the signal does not depend on earlier reuses (a time embedding, a schedule
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -144,22 +144,33 @@ def _from_distances(decision: TeaCache, distances: Sequence[float], threshold: f
 def concerns(policy: Policy, recorded: Recording, *, threshold: float | None = None) -> list[str]:
     """What is wrong with a policy for a run like the recorded one, each with what to do; empty where nothing is."""
     mask = predict(policy, recorded, threshold=threshold)
-    forced = planned(policy.decision, recorded.steps)
-    free = [int(bit) for bit, wish in zip(mask, forced, strict=True) if wish == DECIDE]
     limit = policy.decision.threshold if threshold is None else threshold
-    found = []
-    if limit <= 0 and free:
-        found.append(f"threshold {limit:g} switches {policy.name} off: every call computes; give a positive one")
-    elif free and all(free):
-        found.append(f"threshold {limit:g} never lets a call reuse: {policy.name} only costs time; raise it")
-    elif free and not any(free) and policy.decision.limit < 0:
-        found.append(
-            f"threshold {limit:g} is never reached: all {len(free)} calls that {policy.name} may decide on reuse; "
-            "lower it, or set a limit"
-        )
+    told = idle(policy, mask, limit)
+    found = [] if told is None else [told]
     if isinstance(policy.decision, TeaCache):
         found += _polynomial_concerns(policy.decision, recorded)
     return found
+
+
+def idle(policy: Policy, mask: str, threshold: float) -> str | None:
+    """What is wrong with a threshold in a run that goes by ``mask``: it never fires, or always; None where nothing is.
+
+    Policies that have no threshold are never idle.
+    """
+    if "threshold" not in {f.name for f in fields(policy.decision)}:  # type: ignore[arg-type]
+        return None
+    forced = planned(policy.decision, len(mask))
+    free = [int(bit) for bit, wish in zip(mask, forced, strict=True) if wish == DECIDE]
+    if threshold <= 0 and free:
+        return f"threshold {threshold:g} switches {policy.name} off: every call computes; give a positive one"
+    if free and all(free):
+        return f"threshold {threshold:g} never lets a call reuse: {policy.name} only costs time; raise it (mask {mask})"
+    if free and not any(free) and policy.decision.limit < 0:
+        return (
+            f"threshold {threshold:g} is never reached: all {len(free)} calls that {policy.name} may decide on reuse; "
+            f"lower it, or set a limit (mask {mask})"
+        )
+    return None
 
 
 def _polynomial_concerns(decision: TeaCache, recorded: Recording) -> list[str]:

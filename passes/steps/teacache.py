@@ -27,7 +27,8 @@ class TeaCache:
 
     ``signed`` adds it as it is (the reference), ``abs`` its magnitude, ``clamp0`` nothing. ``strict``: a total equal to
     the threshold computes. ``fitted``: the largest distance that the polynomial was fitted on. ``signal``:
-    ``modulated`` or ``time-embedding``.
+    ``modulated`` or ``time-embedding``. ``times``: the timesteps of the run, where they are known when an engine is
+    built; what depends on them alone is then decided there.
     """
 
     coefficients: tuple[float, ...]
@@ -38,6 +39,7 @@ class TeaCache:
     fitted: float = float("inf")
     retained: Retained = field(default_factory=lambda: Retained(first=1, last=1))
     signal: str = "modulated"
+    times: tuple[float, ...] = ()
     name: ClassVar[str] = "teacache"
     tap: ClassVar[str] = ""
 

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from hasten.backends.engine import load as load
     from hasten.backends.optimize import optimize as optimize
     from hasten.backends.optimize import optimize_onnx as optimize_onnx
+    from hasten.backends.sampler import Sampler as Sampler
+    from hasten.backends.sampler import sampler as sampler
+    from hasten.backends.sampling import Sampling as Sampling
     from hasten.backends.target import Target as Target
     from hasten.errors import HastenError as HastenError
     from hasten.passes.rule import Report as Report
     from hasten.passes.rule import Rule as Rule
+    from hasten.passes.solvers.scheduler import Scheduler as Scheduler
 
 __version__ = "0.1.0"
 
@@ -27,11 +31,15 @@ _HOMES = {
     "HastenError": "hasten.errors",
     "Report": "hasten.passes.rule",
     "Rule": "hasten.passes.rule",
+    "Scheduler": "hasten.passes.solvers.scheduler",
+    "Sampler": "hasten.backends.sampler",
+    "Sampling": "hasten.backends.sampling",
     "Target": "hasten.backends.target",
     "build": "hasten.backends.build",
     "load": "hasten.backends.engine",
     "optimize": "hasten.backends.optimize",
     "optimize_onnx": "hasten.backends.optimize",
+    "sampler": "hasten.backends.sampler",
     "step_cache": "hasten.backends.cached_callable",
 }
 __all__ = [*sorted(_HOMES), "__version__"]

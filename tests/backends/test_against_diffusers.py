@@ -1,8 +1,9 @@
-"""The same step cache as diffusers' own hooks: the same decisions, and the same outputs, where the rule is the same.
+"""The same step cache as diffusers' own hooks and cache-dit: the same decisions, and the same outputs.
 
-Flux has two streams that become one, Wan one, CogVideoX two. Named differences: diffusers' hook never reuses by a
-schedule and knows no last step, so ours is asked without one; a distance equal to the threshold reuses in both
-(``at_threshold=reuse``).
+Flux has two streams that become one, Wan one, CogVideoX two. Named differences: these hooks know no last step, so ours
+is asked without one; a distance equal to the threshold reuses in diffusers (``at_threshold=reuse``) and computes in
+cache-dit (``at_threshold=compute``), whose first ``max_warmup_steps`` calls are our ``warmup``. Latte is not here: both
+hooks of diffusers fail on its temporal blocks, and cache-dit has no adapter for it.
 """
 
 from __future__ import annotations
@@ -79,6 +80,107 @@ def test_first_block_cache(name: str, threshold: float) -> None:
         found = cached(**_flat({**given, "return_dict": False}))
         torch.testing.assert_close(found, output, rtol=1e-5, atol=1e-5)
     assert cached.mask == mask
+
+
+def counted(model: torch.nn.Module) -> list[int]:
+    """Grows by one whenever the last block runs, whatever is hooked around it."""
+    blocks = [m for name, m in model.named_children() if name.endswith("blocks") and isinstance(m, torch.nn.ModuleList)]
+    layer = next(m for m in blocks[-1][-1].modules() if isinstance(m, torch.nn.Linear))
+    calls: list[int] = []
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def run_counted(model: torch.nn.Module, calls: list[dict[str, Any]]) -> tuple[list[torch.Tensor], str]:
+    """Outputs of a hooked model, and which calls ran its last block."""
+    ran, outputs, mask = counted(model), [], ""
+    with torch.no_grad():
+        for given in calls:
+            before = len(ran)
+            outputs.append(model(**given, return_dict=False)[0])
+            mask += str(int(len(ran) > before))
+    return outputs, mask
+
+
+def same(model: torch.nn.Module, calls: list[dict[str, Any]], policy: str, wanted: list[torch.Tensor]) -> str:
+    """Ours on the same calls: the outputs are those of the peer; returns the decisions."""
+    cached = CachedEager(model, {**calls[0], "return_dict": False}, policy, STEPS)
+    for given, output in zip(calls, wanted, strict=True):
+        found = cached(**_flat({**given, "return_dict": False}))
+        torch.testing.assert_close(found, output, rtol=1e-5, atol=1e-5)
+    return cached.mask
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold", "most", "retention"),
+    [("flux", 0.2, 3, 0.2), ("wan", 0.1, 2, 0.1), ("cogvideox", 0.3, 4, 0.3)],
+)
+def test_magcache(name: str, threshold: float, most: int, retention: float) -> None:
+    from diffusers.hooks import MagCacheConfig
+
+    ratios = [1.0, *(1.0 + 0.05 * (-1) ** i / (1 + i % 4) for i in range(STEPS - 1))]
+    (model, inputs), (other, _) = build(name), build(name)
+    calls = list(walk(inputs))
+    model.enable_cache(
+        MagCacheConfig(
+            threshold=threshold,
+            max_skip_steps=most,
+            retention_ratio=retention,
+            num_inference_steps=STEPS,
+            mag_ratios=ratios,
+        )
+    )
+    with model.cache_context("cond"):
+        wanted, mask = run_counted(model, calls)
+    assert "0" in mask
+    assert "1" in mask.lstrip("1")
+    text = f"magcache:ratios={'/'.join(map(repr, ratios))},threshold={threshold},limit={most},retention={retention}"
+    assert same(other, calls, text, wanted) == mask
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "threshold", "front", "back", "warmup"),
+    [
+        ("wan", "Pattern_2", 0.05, 1, 0, 1),
+        ("wan", "Pattern_2", 0.06, 2, 1, 1),
+        ("cogvideox", "Pattern_0", 0.2, 1, 0, 2),
+        ("cogvideox", "Pattern_0", 0.25, 2, 2, 4),
+    ],
+)
+def test_dbcache(name: str, pattern: str, threshold: float, front: int, back: int, warmup: int) -> None:
+    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed: pip install cache-dit")
+    (model, inputs), (other, _) = build(name), build(name)
+    calls = list(walk(inputs))
+    blocks = next(m for n, m in model.named_children() if n in ("blocks", "transformer_blocks"))
+    middle = next(m for m in blocks[len(blocks) - back - 1].modules() if isinstance(m, torch.nn.Linear))
+    adapter = cache_dit.BlockAdapter(
+        transformer=model,
+        blocks=blocks,
+        forward_pattern=getattr(cache_dit.ForwardPattern, pattern),
+        check_forward_pattern=False,
+        has_separate_cfg=False,
+    )
+    cache_dit.enable_cache(
+        adapter,
+        cache_config=cache_dit.DBCacheConfig(
+            Fn_compute_blocks=front,
+            Bn_compute_blocks=back,
+            residual_diff_threshold=threshold,
+            max_warmup_steps=warmup,
+            num_inference_steps=STEPS,
+        ),
+    )
+    ran, mask, wanted = [], "", []
+    middle.register_forward_pre_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        for given in calls:
+            before = len(ran)
+            wanted.append(model(**given, return_dict=False)[0])
+            mask += str(int(len(ran) > before))
+    assert "0" in mask
+    assert "1" in mask[warmup:]
+    text = f"dbcache:head={front},foot={back},warmup={warmup},threshold={threshold}"
+    assert same(other, calls, text, wanted) == mask
 
 
 def _flat(given: dict[str, Any]) -> dict[str, Any]:

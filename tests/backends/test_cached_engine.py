@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hasten.errors import UsageError
 
 STEPS = 12
 POLICY = "easycache:threshold=0.5,warmup=2"
+OTHER = "easycache:threshold=0.4,warmup=2"
 
 
 class Denoiser(nn.Module):
@@ -133,6 +135,103 @@ def test_refusals_of_a_run(engine: Engine) -> None:
     begun = engine.start(STEPS)
     with pytest.raises(UsageError, match="there is no input 'time'"):
         begun(x=calls()[0]["x"], time=calls()[0]["timestep"])
+
+
+def test_a_run_that_was_interrupted_goes_on(engine: Engine, tmp_path: Path) -> None:
+    wanted, mask = run(engine)
+    begun = engine.start(STEPS)
+    for given in calls()[:5]:
+        begun(**given)
+    torch.save(begun.pause(), tmp_path / "paused.pt")
+    again = hasten.load(engine.path).start(STEPS)
+    again.resume(torch.load(tmp_path / "paused.pt", weights_only=True))
+    for given, result in zip(calls()[5:], wanted[5:], strict=True):
+        torch.testing.assert_close(again(**given)["output"], result, rtol=0, atol=0)
+    assert again.mask == mask
+
+
+def test_state_of_another_engine_is_refused(engine: Engine, tmp_path: Path) -> None:
+    other = hasten.build(
+        Denoiser().eval(), target="onnxruntime:cpu", out=tmp_path / "other", example_kwargs=calls()[0], cache=OTHER
+    )
+    begun = other.start(STEPS)
+    begun(**calls()[0])
+    paused = begun.pause()
+    with pytest.raises(
+        UsageError, match=r"the paused run is of another engine \(.*\), and its state means nothing here"
+    ):
+        engine.start(STEPS).resume(paused)
+    with pytest.raises(UsageError, match="the paused run has 12 steps, and this one 9; start it with as many"):
+        other.start(9).resume(paused)
+    with pytest.raises(UsageError, match=r"the paused run is not whole; give what CachedRun\.pause returned"):
+        other.start(STEPS).resume({"engine": paused["engine"]})
+
+
+def test_a_branch_that_comes_late_or_comes_back_is_refused(engine: Engine) -> None:
+    begun, given = engine.start(STEPS), calls()
+    begun(branch="with", **given[0])
+    begun(branch="without", **given[0])
+    begun(branch="with", **given[1])
+    begun(branch="with", **given[2])
+    with pytest.raises(UsageError, match="branch 'without' is at step 1, and branch 'with' has done 3; branches take"):
+        begun(branch="without", **given[1])
+    with pytest.raises(UsageError, match="branch 'third' is at step 0, and branch 'with' has done 3"):
+        begun(branch="third", **given[0])
+    assert begun.masks.keys() == {"with", "without"}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_runs_of_few_steps(engine: Engine, steps: int) -> None:
+    begun = engine.start(steps)
+    outputs = [begun(**given)["output"] for given in calls()[:steps]]
+    assert begun.mask == "1" * steps  # two of warm-up, and the last
+    for found, wanted in zip(outputs, reference("1" * STEPS), strict=False):
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_a_threshold_that_does_nothing_is_told_with_the_mask(engine: Engine, caplog: Any) -> None:
+    run(engine, threshold=1e-6)
+    assert f"threshold 1e-06 never lets a call reuse: easycache only costs time; raise it (mask {'1' * STEPS})" in (
+        caplog.text
+    )
+    caplog.clear()
+    run(engine, threshold=100.0)
+    assert "threshold 100 is never reached: all 9 calls" in caplog.text
+    caplog.clear()
+    run(engine)
+    run(engine, mask="1" * STEPS)
+    assert not caplog.records
+
+
+def test_the_state_is_as_large_as_was_told(engine: Engine) -> None:
+    begun = engine.start(STEPS)
+    begun(**calls()[0])
+    held = begun.state()
+    assert set(held) == {s["name"] for s in engine.manifest.state}
+    assert sum(value.nbytes for value in held.values()) == engine.manifest.cache["state_bytes"]
+
+
+def test_a_calibration_of_another_model_or_size_is_refused(tmp_path: Path) -> None:
+    def build(source: Any, **options: Any) -> None:
+        hasten.build(source, target="onnxruntime:cpu", out=tmp_path / "none", **options)
+
+    path = tmp_path / "mask.json"
+    content = {"policy": "mask", "options": {"bits": "1010", "granularity": "output"}, "steps": 4}
+    path.write_text(json.dumps({**content, "model": "scenes-unet", "shape": [2, 12, 16, 16]}))
+    with pytest.raises(UsageError, match="is of the model 'scenes-unet', and this is 'scenes-dit'; calibrate this one"):
+        build("scenes-dit", cache=str(path))
+    with pytest.raises(UsageError, match="is for inputs of 2x12x16x16, and these are 1x16x8; calibrate this one"):
+        build(Denoiser().eval(), cache=str(path), example_kwargs=calls()[0])
+    path.write_text(json.dumps({**content, "shape": [2, 16, 8]}))
+    engine = hasten.build(
+        Denoiser().eval(), target="onnxruntime:cpu", out=tmp_path / "fits", cache=str(path), example_kwargs=calls()[0]
+    )
+    with pytest.raises(UsageError, match="mask: it was made for 4 steps and the run has 12"):
+        engine.start(STEPS)
+    path.write_text(path.read_text()[:30])
+    with pytest.raises(UsageError, match=r"calibration file .* is not JSON"):
+        build(Denoiser().eval(), cache=str(path), example_kwargs=calls()[0])
+    assert not (tmp_path / "none").exists()
 
 
 def test_nan_in_an_input_is_refused_and_costs_no_step(engine: Engine) -> None:

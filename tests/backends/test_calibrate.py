@@ -196,6 +196,51 @@ def test_ratios_and_a_threshold_are_fitted_to_the_same_recording(dit, recorded):
     assert done.fit["predicted"]["speedup"] >= 1.5
 
 
+@pytest.fixture(scope="module")
+def whole():
+    request = "mask:granularity=output,payload=fitted,history=2"
+    return subject(get("scenes-dit"), request, steps=STEPS, distance=STEPS - 1, weights="its own")
+
+
+def test_fitted_weights_do_in_a_cache_what_they_did_in_the_search(whole, tmp_path):
+    draws = whole.runs.draws(2, 0, None)
+    calibration = record(whole, whole.blank, draws[:1], tmp_path / "run.json", quiet)
+    bounds = Bounds(6)
+    calibration, fitted = find_mask(whole, calibration, draws, Wishes(speedup=1.6), bounds, tmp_path / "c.json", quiet)
+    assert "recorded products" in fitted.fit["stages"]
+    bits, weights = fitted.options["bits"], fitted.options["weights"]
+    assert (bits.count("1"), len(weights)) == (5, 2 * 3)
+    path = tmp_path / "mask.json"
+    finished(calibration, fitted, check(whole, "mask", fitted, draws, quiet)).write(path)
+    policy = parse(str(path))
+    assert policy.payload.history == 2
+    checked = json.loads(path.read_text())["fit"]["checked"]
+    assert checked["mean_squared_error"] == pytest.approx(calibration.tried[bits], rel=1e-3)
+    repeated = whole.cached(f"mask:bits={bits},granularity=output,payload=value")
+    error = sum(whole.trials.forced(repeated, draw, bits) for draw in draws) / len(draws)
+    assert checked["mean_squared_error"] < error
+
+
+@pytest.mark.parametrize("payload", ["taylor", "taylor-residual", "chebyshev"])
+def test_a_forecast_is_tried_as_it_runs(whole, payload):
+    draw, bits = whole.runs.draws(1, 3, None)[0], "11101001"
+    cached = whole.cached(f"mask:bits={bits},granularity=output,payload={payload}")
+    assert whole.trials.forced(cached, draw, bits) == pytest.approx(whole.trials.free(cached, draw)[0], rel=1e-3)
+
+
+def test_weights_are_fitted_to_the_whole_model_alone(dit, recorded, tmp_path):
+    other = replace(dit, request="mask:payload=fitted")
+    with pytest.raises(UsageError, match="calibrated for the whole model, and granularity=stack was asked for; give"):
+        find_mask(other, recorded[0], [Draw(0, "")], Wishes(), Bounds(), tmp_path / "c.json", quiet)
+
+
+def test_masks_tried_with_another_payload_are_not_known(dit, recorded, tmp_path):
+    path = tmp_path / "mask.json"
+    replace(recorded[0], tried={"10101010": 0.5}, tried_on=(0,)).write(path)
+    assert resume(dit.blank, path).tried == {"10101010": 0.5}
+    assert resume(replace(dit.blank, request="mask:payload=value"), path).tried == {}
+
+
 def test_without_the_model_a_mask_is_the_best_tried_or_what_distances_speak_for(recorded):
     calibration, _ = recorded
     guess = fit(calibration, Wishes(speedup=1.9))

@@ -41,7 +41,7 @@ class Block(nn.Module):
         return (value * F.gelu(gate)).transpose(1, 2).reshape(x.shape)
 
 
-BLOCK_HITS = {"geglu": 1, "attention": 1, "group-norm-act": 1}
+BLOCK_HITS = {"geglu": 1, "attention": 1, "group-norm-act": 1, "native-attention": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -647,7 +647,7 @@ def test_reports_say_what_was_done(block: nn.Module) -> None:
     assert report["group-norm-act"].sites[0].variant == "silu"
     assert found["ops_before"]["scaled_dot_product_attention"] == 1
     assert "scaled_dot_product_attention" not in found["ops_after"]
-    assert found["ops_after"]["hasten.attention"] == found["ops_after"]["hasten.geglu"] == 1
+    assert found["ops_after"]["hasten.flash_attention"] == found["ops_after"]["hasten.geglu"] == 1
     assert found["notes"] == []
     assert found["seconds"].keys() >= {"gelu", "geglu", "attention", "group-norm-act"}
 

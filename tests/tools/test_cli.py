@@ -74,8 +74,8 @@ def test_version(hasten):
         (
             ["inspect", "x.onnx", "--expect", "atention=3"],
             "hasten inspect: argument --expect: there is no rule 'atention'; rules: gelu, geglu, attention, "
-            "group-norm-act, fold-conv, upsample-conv, winograd-conv2d, native-group-norm. Did you mean 'attention'? "
-            "(hasten inspect --help)",
+            "group-norm-act, fold-conv, upsample-conv, winograd-conv2d, native-group-norm, native-attention. "
+            "Did you mean 'attention'? (hasten inspect --help)",
         ),
         (
             ["inspect", "x.onnx", "--expect", "attention"],
@@ -85,7 +85,7 @@ def test_version(hasten):
         (
             ["inspect", "x.onnx", "--skip", "gleu"],
             "hasten inspect: argument --skip: there is no pass 'gleu'; passes: canonical, gelu, geglu, attention, "
-            "group-norm-act, fold-conv, upsample-conv, winograd-conv2d, native-group-norm, legalise. "
+            "group-norm-act, fold-conv, upsample-conv, winograd-conv2d, native-group-norm, native-attention, legalise. "
             "Did you mean 'gelu'? (hasten inspect --help)",
         ),
         (

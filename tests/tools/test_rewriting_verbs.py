@@ -68,7 +68,7 @@ def test_inspect_shows_a_near_miss_with_its_reason(hasten, tmp_path, tiny_onnx):
 def test_inspect_pt2(hasten, pt2_file):
     document = hasten("inspect", pt2_file, "--json").json
     check_schema(document, source=pt2_file, ir="fx", target="inductor:cpu", outputs=[])
-    assert hits(document) == {"attention": 1, "group-norm-act": 1}
+    assert hits(document) == {"attention": 1, "group-norm-act": 1, "native-attention": 1}
     conv, linear, attention = 2 * 32 * 64 * 4 * 9, 2 * 64 * 96 * 32, 2 * 2 * 64 * 64 * 32
     assert document["flops"] == 2 * (conv + linear + attention)
     assert [t["name"] for t in document["inputs"]] == ["sample"]
@@ -139,7 +139,7 @@ def test_optimize_pt2_keeps_names_sizes_and_fused_operators(hasten, pt2_file, tm
     assert "note: import hasten.passes.ops before torch.export.load reads the file" in done.out
     before, after = load_program(pt2_file), load_program(out)
     names = {str(n.target) for n in after.graph.nodes}
-    assert {"hasten.attention.default", "hasten.group_norm_act.default"} <= names
+    assert {"hasten.flash_attention.default", "hasten.group_norm_act.default"} <= names
     assert list(map(str, after.range_constraints.values())) == list(map(str, before.range_constraints.values()))
     for batch in (1, 2, 8):
         x = torch.randn(batch, 4, 8, 8)

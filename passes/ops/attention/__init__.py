@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hasten.errors import UsageError, nearest
 from hasten.passes.ops import registry
+from hasten.passes.ops.attention import flash as flash
 from hasten.passes.ops.attention import math, pfsm, sdpa
 from hasten.passes.ops.attention.select import select
 

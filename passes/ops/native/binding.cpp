@@ -11,6 +11,7 @@
 #include <mutex>
 #include <new>
 
+#include "attention.h"
 #include "group_norm.h"
 #include "pool.h"
 #include "schemas.h"
@@ -295,6 +296,36 @@ Tensor apply_affine(const Tensor& x, const Tensor& affine, c10::string_view act)
   return y;
 }
 
+// The last axis contiguous.
+Tensor rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+Tensor flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  check_float(q, "q"), check_float(k, "k"), check_float(v, "v");
+  const bool fit = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(0) == k.size(0) && k.size(0) == v.size(0) &&
+                   k.size(1) == v.size(1) && k.size(2) == v.size(2) && q.size(3) == k.size(3) &&
+                   (k.size(1) == 0 ? q.size(1) == 0 : q.size(1) % k.size(1) == 0);
+  TORCH_CHECK(fit, "hasten::flash_attention: q has shape ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+              "; give (batch, heads, tokens, width), the heads of k dividing those of q");
+  Tensor y = hasten::pooled_empty({q.size(0), q.size(2), q.size(1), v.size(3)}, false);
+  if (k.size(2) == 0) y.zero_();
+  if (y.numel() == 0 || k.size(2) == 0) return y.transpose(1, 2);
+  const Tensor queries = rows(q), keys = rows(k), values = rows(v);
+  hasten::Attention job{};
+  job.q = queries.const_data_ptr<float>(), job.k = keys.const_data_ptr<float>(), job.v = values.const_data_ptr<float>();
+  for (int i = 0; i < 3; ++i) job.qs[i] = queries.stride(i), job.ks[i] = keys.stride(i), job.vs[i] = values.stride(i);
+  job.batch = q.size(0), job.heads = q.size(1), job.key_heads = k.size(1);
+  job.n = q.size(2), job.m = k.size(2), job.d = q.size(3), job.dv = v.size(3);
+  job.scale = scale;
+  job.y = y.mutable_data_ptr<float>();
+  job.threads = at::get_num_threads();
+  try {
+    hasten::attention(job);
+  } catch (const std::bad_alloc&) {
+    TORCH_CHECK(false, "hasten::flash_attention: there is no memory for the blocks of queries of shape ", q.sizes());
+  }
+  return y.transpose(1, 2);
+}
+
 bool known(const char* name) { return c10::Dispatcher::singleton().findSchema({name, ""}).has_value(); }
 
 }  // namespace
@@ -305,6 +336,7 @@ TORCH_LIBRARY_FRAGMENT(hasten, m) {
   if (!known("hasten::winograd_conv2d")) m.def(WINOGRAD_CONV2D);
   if (!known("hasten::group_norm_affine")) m.def(GROUP_NORM_AFFINE);
   if (!known("hasten::apply_affine")) m.def(APPLY_AFFINE);
+  if (!known("hasten::flash_attention")) m.def(FLASH_ATTENTION);
 }
 
 TORCH_LIBRARY_IMPL(hasten, CPU, m) {
@@ -312,4 +344,5 @@ TORCH_LIBRARY_IMPL(hasten, CPU, m) {
   m.impl("winograd_conv2d", winograd_conv2d);
   m.impl("group_norm_affine", group_norm_affine);
   m.impl("apply_affine", apply_affine);
+  m.impl("flash_attention", flash_attention);
 }

@@ -26,8 +26,8 @@ from hasten.passes.ops.native.schemas import SCHEMAS
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = ("binding.cpp", "group_norm.cpp", "pool.cpp", "winograd.cpp")
-HEADERS = ("group_norm.h", "pool.h", "vector.h", "winograd.h")
+SOURCES = ("attention.cpp", "binding.cpp", "group_norm.cpp", "pool.cpp", "winograd.cpp")
+HEADERS = ("attention.h", "group_norm.h", "pool.h", "scratch.h", "transpose.h", "vector.h", "winograd.h")
 LIBRARY = "hasten_native.so"
 SECONDS = 600
 """What one compilation may take on a slow machine."""

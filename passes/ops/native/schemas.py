@@ -15,4 +15,5 @@ SCHEMAS = {
         "float eps) -> Tensor"
     ),
     "APPLY_AFFINE": "apply_affine(Tensor x, Tensor affine, str act='none') -> Tensor",
+    "FLASH_ATTENTION": "flash_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
 }

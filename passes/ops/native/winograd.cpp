@@ -11,12 +11,12 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <utility>
 #include <vector>
 
+#include "scratch.h"
+#include "transpose.h"
 #include "vector.h"
+
 namespace hasten {
 namespace {
 #include "transforms.h"
@@ -33,25 +33,6 @@ struct Shape {
 
 long divide_up(long a, long b) { return (a + b - 1) / b; }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Scratch memory of a calling thread, kept from call to call: fresh pages cost more than the transforms.
-float* scratch(size_t bytes) {
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local size_t held = 0;
-  if (bytes > held) {
-    memory.reset();
-    held = 0;
-    void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (p == nullptr) throw std::bad_alloc();
-    memory.reset(static_cast<float*>(p));
-    held = bytes;
-  }
-  return memory.get();
-}
-
 long source(long i, long size, Padding padding) {
   if (i >= 0 && i < size) return i;
   switch (padding) {
@@ -66,45 +47,15 @@ long source(long i, long size, Padding padding) {
 typedef float v16 __attribute__((vector_size(64)));
 typedef float v16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 
-#if defined(__clang__) || __GNUC__ >= 12
-template <int S, int... K>
-v16 upper(v16 a, v16 b, std::integer_sequence<int, K...>) {
-  return __builtin_shufflevector(a, b, ((K & S) ? 16 + K - S : K)...);
-}
-template <int S, int... K>
-v16 lower(v16 a, v16 b, std::integer_sequence<int, K...>) {
-  return __builtin_shufflevector(a, b, ((K & S) ? 16 + K : K + S)...);
-}
-// Exchange blocks of S rows with blocks of S columns.
-template <int S>
-void exchange(v16* r) {
-  constexpr auto lanes = std::make_integer_sequence<int, 16>{};
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    if ((i & S) == 0) {
-      const v16 a = r[i], b = r[i + S];
-      r[i] = upper<S>(a, b, lanes);
-      r[i + S] = lower<S>(a, b, lanes);
-    }
-}
 // 16 rows of 16 floats, `step` apart, to 16 columns.
 void transpose(const float* from, long step, float* to) {
   v16 r[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = *reinterpret_cast<const v16_unaligned*>(from + i * step);
-  exchange<1>(r);
-  exchange<2>(r);
-  exchange<4>(r);
-  exchange<8>(r);
+  transpose_rows<16>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) *reinterpret_cast<v16_unaligned*>(to + i * LANES) = r[i];
 }
-#else
-void transpose(const float* from, long step, float* to) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) to[j * LANES + i] = from[i * step + j];
-}
-#endif
 
 struct Segment {
   long n, ty, tx, tiles, first;  // first: index of its first tile in the chunk

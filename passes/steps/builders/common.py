@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hasten.errors import UsageError
-from hasten.passes.steps.forecast import Taylor
+from hasten.passes.steps.forecast import Chebyshev, Taylor
 from hasten.passes.steps.options import Option
 from hasten.passes.steps.payload import Residual, Value
 from hasten.passes.steps.policy import Payload
@@ -19,7 +19,7 @@ BRANCHES = Option(
     choices=("joint", "separate", "conditional"),
 )
 MODULES = Option("words", "names of the modules, all of attention and feed-forward where none is given")
-_PAYLOADS = ("residual", "value", "taylor", "taylor-residual")
+PAYLOADS = ("residual", "value", "taylor", "taylor-residual", "chebyshev", "chebyshev-residual")
 
 
 def threshold(default: float | None = None) -> Option:
@@ -35,7 +35,7 @@ def count(meaning: str, default: int | None = 0, low: int = 0) -> Option:
 def payload_options(default: str) -> Mapping[str, Option]:
     """The options ``payload`` and ``order``, which `payload` reads."""
     return {
-        "payload": Option("text", "what a reused call returns", default, choices=_PAYLOADS),
+        "payload": Option("text", "what a reused call returns", default, choices=PAYLOADS),
         "order": Option("integer", "the order of an extrapolation", None, 0, 4),
     }
 
@@ -43,7 +43,13 @@ def payload_options(default: str) -> Mapping[str, Option]:
 def payload(name: str, order: int | None) -> Payload:
     """Build the payload; `UsageError` for an order of one that has none."""
     if name.startswith("taylor"):
-        return Taylor(1 if order is None else order, of="residual" if name.endswith("residual") else "value")
+        return Taylor(1 if order is None else order, of=_of(name))
     if order is not None:
         raise UsageError(f"order: {order} was given, but payload={name} does not extrapolate; payload=taylor does")
+    if name.startswith("chebyshev"):
+        return Chebyshev(of=_of(name))
     return Residual() if name == "residual" else Value()
+
+
+def _of(name: str) -> str:
+    return "residual" if name.endswith("residual") else "value"

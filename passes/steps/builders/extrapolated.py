@@ -44,8 +44,10 @@ def _spectrum(
     mix: float,
     history: int,
     span: int | None,
+    granularity: str,
 ) -> Policy:
-    return Policy("spectrum", Windows(window, flex, warmup), Chebyshev(degree, ridge, mix, history, span))
+    payload = Chebyshev(degree, ridge, mix, history, span)
+    return Policy("spectrum", Windows(window, flex, warmup), payload, granularity)
 
 
 SPECTRUM = Entry(
@@ -59,6 +61,7 @@ SPECTRUM = Entry(
         "mix": Option("number", "the fit's share, the rest is linear extrapolation", 0.5, 0.0, 1.0),
         "history": count("tensors kept", 16, 2),
         "span": count("calls over which the polynomials are spread, the run's where not given", None, 1),
+        "granularity": Option("text", "what is left out", "stack", choices=("stack", "output")),
     },
     _spectrum,
 )

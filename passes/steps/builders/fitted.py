@@ -11,7 +11,7 @@ from hasten.passes.steps.builders.fixed import MASK_OPTIONS, schedule
 from hasten.passes.steps.catalog import Entry
 from hasten.passes.steps.magcache import INTERPOLATIONS, RATIOS, MagCache
 from hasten.passes.steps.masks import MASKS
-from hasten.passes.steps.moreg import Motion
+from hasten.passes.steps.moreg import PIVOT, Motion
 from hasten.passes.steps.options import Option
 from hasten.passes.steps.policy import Policy
 from hasten.passes.steps.retained import Retained
@@ -27,6 +27,7 @@ def _adacache(
     strides: tuple[int, ...],
     frames: int | None,
     reset: bool,
+    pivot: float,
     limit: int,
     last: int,
     branches: str,
@@ -45,7 +46,7 @@ def _adacache(
     motion = None
     if moreg:
         first, final = codes.window if window is None else window
-        motion = Motion((first, final), strides, frames, reset)
+        motion = Motion((first, final), strides, frames, reset, pivot)
     decision = AdaCache(book, limit, motion, Retained(first=1, last=last))
     return Policy("adacache", decision, payload("residual", None), branches=branches)
 
@@ -65,6 +66,7 @@ ADACACHE = Entry(
         "strides": Option("integers", "distances in frames over which motion is measured", (1,), 1),
         "frames": count("frames in the tapped tensor's tokens; not given: its tokens are frames", None, 2),
         "reset": Option("flag", "motion starts anew in each run (the reference's does not)", True),
+        "pivot": Option("number", "the motion whose factor is 1, Open-Sora's where not given", PIVOT, 1e-6),
         "limit": LIMIT,
         "last": count("calls computed at the end", 2),
         "branches": BRANCHES,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hasten.errors import UsageError, nearest
-from hasten.passes.steps.builders.common import BRANCHES, MODULES, count, payload, payload_options
+from hasten.passes.steps.builders.common import BRANCHES, MODULES, PAYLOADS, count, payload, payload_options
 from hasten.passes.steps.catalog import Entry
+from hasten.passes.steps.forecast import Table, rows_of_mask
 from hasten.passes.steps.masks import MASKS
 from hasten.passes.steps.options import Option
-from hasten.passes.steps.policy import Policy
+from hasten.passes.steps.policy import Payload, Policy
 from hasten.passes.steps.schedules import STRETCH, Interval, Mask, bits_of_bins, bits_of_steps
 
 _GRANULARITIES = ("stack", "tail", "output", "modules", "deep")
@@ -69,12 +70,14 @@ def _mask(
     branches: str,
     payload: str,
     order: int | None,
+    history: int | None,
+    weights: tuple[float, ...] | None,
 ) -> Policy:
     decision = schedule(bits, computed, steps, computed_bins, reused_bins, stretch)
     return Policy(
         "mask",
         decision,
-        _payload(payload, order),
+        _forecast(decision, payload, order, history, weights),
         granularity,
         branches,
         head,
@@ -85,6 +88,33 @@ def _mask(
 
 
 _payload = payload
+FITTED = "fitted"
+HISTORY = 3
+"""Results that a fitted forecast is made from, where nothing else is asked for."""
+
+
+def _forecast(
+    decision: Mask, name: str, order: int | None, history: int | None, weights: tuple[float, ...] | None
+) -> Payload:
+    """The payload; `UsageError` where weights of one's own do not fit the mask, or are given to another payload."""
+    if name != FITTED:
+        for option, value in (("history", history), ("weights", weights)):
+            if value is not None:
+                raise UsageError(f"mask: {option} was given, and payload={name} has none; payload=fitted does")
+        return _payload(name, order)
+    if order is not None:
+        raise UsageError(f"order: {order} was given, but payload={name} has weights instead; leave it out")
+    if decision.stretch != "refuse":
+        raise UsageError(f"mask: payload={name} has weights for the steps of one run; leave stretch out")
+    kept, given = history or HISTORY, weights or ()
+    reused = decision.bits[1:].count("0")
+    if len(given) != kept * reused:
+        raise UsageError(
+            f"mask: payload={name} needs {kept} weights for each of {reused} reused steps, and {len(given)} were given "
+            f"in all; hasten calibrate --cache mask:payload={name} finds them"
+        )
+    return Table(rows_of_mask(decision.bits, given, kept), kept)
+
 
 MASK = Entry(
     "the caller's own schedule",
@@ -97,6 +127,9 @@ MASK = Entry(
         "modules": MODULES,
         "branches": BRANCHES,
         **payload_options("residual"),
+        "payload": Option("text", "what a reused call returns", "residual", choices=(*PAYLOADS, FITTED)),
+        "history": count("results that a fitted forecast is made from, 3 where not given", None, 1),
+        "weights": Option("numbers", "a fitted forecast's: of each of these results, newest first, step by step"),
     },
     _mask,
     bare="bits",

@@ -29,6 +29,7 @@ def _teacache(
     first: int | None,
     last: int | None,
     signal: str | None,
+    times: tuple[float, ...] | None,
     branches: str,
 ) -> Policy:
     known = MODELS[model] if model is not None else None
@@ -49,6 +50,12 @@ def _teacache(
         retained.last if last is None else last,
         retained.share if first is None else 0.0,
     )
+    looks_at = signal or (known.signal if known else "modulated")
+    if times is not None and looks_at != "time-embedding":
+        raise UsageError(
+            f"teacache: times were given, and the signal is {looks_at}, which each run has of its own; "
+            "give signal=time-embedding, or leave times out"
+        )
     decision = TeaCache(
         coefficients=coefficients,
         threshold=threshold,
@@ -57,7 +64,8 @@ def _teacache(
         strict=strict,
         fitted=float("inf") if fitted is None else fitted,
         retained=retained,
-        signal=signal or (known.signal if known else "modulated"),
+        signal=looks_at,
+        times=times or (),
     )
     return Policy("teacache", decision, payload("residual", None), branches=branches)
 
@@ -75,6 +83,7 @@ TEACACHE = Entry(
         "first": count("calls computed at the beginning", None, 1),
         "last": count("calls computed at the end", None),
         "signal": Option("text", "what is measured", None, choices=("modulated", "time-embedding")),
+        "times": Option("numbers", "the timesteps of the run, to decide on the time embedding when an engine is built"),
         "branches": BRANCHES,
     },
     _teacache,

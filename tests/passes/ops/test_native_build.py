@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,29 @@ def test_a_compiler_that_fails(tmp_path):
     said = run(CXX=str(compiler), HASTEN_CACHE_DIR=str(tmp_path / "cache"))
     assert said == f"{compiler} could not compile the C++ kernels: a.cpp:1: error: no"
     assert not any((tmp_path / "cache").rglob("*.so"))
+
+
+def test_two_processes_build_once(tmp_path):
+    """The compiler here only writes a file, slowly: what is tested is who calls it."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        f"""#!/bin/sh
+case $* in *--version*|*-dM*) exec g++ "$@";; esac
+echo compiled >> {tmp_path}/log
+sleep 2
+while [ "$1" != -o ]; do shift; done
+echo library > "$2"
+"""
+    )
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "HASTEN_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", "from hasten.passes.ops.native import build; print(build.built())"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    paths = {process.communicate(timeout=120)[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(paths) == 1
+    assert Path(paths.pop()).read_text() == "library\n"
+    assert (tmp_path / "log").read_text() == "compiled\n"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

@@ -230,7 +230,7 @@ def test_arrays_are_read_only():
         ),
         (
             lambda: ddim(5, prediction="v"),
-            "unknown prediction type 'v'; there are epsilon, sample, v_prediction.",
+            "unknown prediction type 'v'; there are epsilon, sample, v_prediction, flow_prediction.",
         ),
         (lambda: ddim(0), "0 sampling steps were asked for; the schedule has times for 1 to 1000"),
         (lambda: ddim(1001), "1001 sampling steps were asked for; the schedule has times for 1 to 1000"),

@@ -181,3 +181,10 @@ def test_codebooks_of_ones_own():
             parse(text)
     with pytest.raises(UsageError, match="window=9/4 is not first/last"):
         parse("adacache:moreg=true,window=9/4")
+
+
+@pytest.mark.parametrize(("pivot", "score"), [(0.385, (1 / 3 / 0.385) ** 8), (1 / 3, 1.0), (1 / 6, 256.0)])
+def test_the_pivot_is_the_motion_whose_score_is_one(pivot, score):
+    motion = parse(f"adacache:moreg=true,frames=2,pivot={pivot!r}").decision.motion
+    tap = np.array([1, 2], np.float32).reshape(1, 2, 1)
+    assert float(motion.score(tap, np.int64(9))) == pytest.approx(score, rel=1e-4)

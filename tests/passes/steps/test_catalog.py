@@ -26,6 +26,9 @@ TEXTS = [
     "meancache:model=qwen-image,computed=10",
     "mask:1001",
     "mask:computed=0/2,steps=4,granularity=modules,modules=attn/mlp,payload=value",
+    "mask:bits=1100,granularity=output,payload=fitted,history=2,weights=1.5/-0.5/2/-1",
+    "mask:bits=1100,payload=chebyshev-residual",
+    "teacache:threshold=0.2,coefficients=1/0,signal=time-embedding,times=1000/750/500/250",
     "deepcache:interval=3,level=1",
     "fora",
 ]
@@ -96,6 +99,13 @@ def test_no_two_parts_of_a_policy_share_a_state_name():
         ("magcache:model=flux,retention=1.5", "1.5 was given; it goes from 0 to 1"),
         ("smoothcache", "smoothcache needs a mask"),
         ("meancache:computed=14", "z-image has no schedule that computes 14 steps; it has 25, 20, 17, 15, 13"),
+        ("mask:bits=1001,payload=fitted", "needs 3 weights for each of 2 reused steps, and 0 were given in all"),
+        ("mask:bits=1001,payload=fitted,history=1,weights=1/1/1", "needs 1 weights for each of 2 .*and 3 were given"),
+        ("mask:bits=1001,weights=1/1", "mask: weights was given, and payload=residual has none; payload=fitted does"),
+        ("mask:bits=1001,payload=fitted,history=1,weights=1/1,order=1", "order: 1 was given, but payload=fitted has"),
+        ("mask:bits=11,payload=fitted,stretch=nearest", "weights for the steps of one run; leave stretch out"),
+        ("mask:bits=1001,payload=fited", r"'fited' is none of.*Did you mean 'fitted'"),
+        ("teacache:model=flux,times=1/0", "times were given, and the signal is modulated, which each run has of its"),
         ("fora:modules=attn//mlp", "is not words with '/' between them"),
     ],
 )

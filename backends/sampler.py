@@ -1,0 +1,261 @@
+"""Run an engine that holds a whole sampler: noise and conditions in, latents out, with no Python between its steps.
+
+The call has the shape of a diffusers pipeline's. The table of any solver is made on the host and given to the engine,
+which was built for none in particular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hasten.backends.engine import Engine
+from hasten.backends.sampler_run import Chunk, Draw, Sampled, SamplerRun, whole
+from hasten.errors import UsageError, nearest
+from hasten.passes.solvers import catalog, loop, names
+from hasten.passes.solvers.plan import NEGATIVE
+from hasten.passes.solvers.process import Process
+from hasten.passes.solvers.start import begun, levels
+from hasten.passes.solvers.table import SolverTable
+
+if TYPE_CHECKING:
+    import torch
+
+UNGUIDED = 1.0
+
+
+def sampler(engine: Engine) -> Sampler:
+    """The sampler in ``engine``; `UsageError` for an engine that was built without one."""
+    return Sampler(engine)
+
+
+class Sampler:
+    """Call it with the network's conditions by name, and ``negative_…`` of each where it is guided.
+
+    ``engine`` must come of a build with `Sampling`. Everything may change from call to call but the sizes: solver,
+    steps, scale, start.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.manifest.loop is None:
+            raise UsageError(
+                f"engine {engine.path.name!r} holds no sampler; build it with one (hasten build … --solver NAME)"
+            )
+        self.engine = engine
+        self.loop: Mapping[str, Any] = engine.manifest.loop
+        self.process = Process.of(self.loop["process"])
+        self._inputs = {t.name: t for t in engine.inputs}
+
+    @property
+    def latents_shape(self) -> tuple[int, ...]:
+        """(B, ...): how many pictures a call makes, and the sizes of each."""
+        return tuple(self.loop["latents"])
+
+    def table(self, solver: str | None = None, steps: int | None = None) -> SolverTable:
+        """The table of a solver of the catalog, the engine's own unless named."""
+        return catalog.build(solver or self.loop["solver"], self.process, steps or self.loop["steps"])
+
+    def __call__(
+        self, *, chunk: int | None = None, callback: Callable[[Chunk], object] | None = None, **options: Any
+    ) -> Sampled:
+        """Sample; ``options`` are those of `begin`.
+
+        ``callback`` sees a `Chunk` after every ``chunk`` rows, of all rows together where it is None; what it raises
+        ends the run.
+        """
+        run = self.begin(**options)
+        if chunk is not None and chunk < 1:
+            raise UsageError(f"chunk: {chunk} rows given; give 1 or more")
+        while True:
+            done = run.advance(chunk or run.rows)
+            if callback is not None:
+                callback(done)
+            if run.done == run.rows:
+                return Sampled(done.latents, done.preview, run.decisions)
+
+    def begin(
+        self,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        solver: str | SolverTable | None = None,
+        seed: int = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        noise: Sequence[torch.Tensor] | None = None,
+        image: torch.Tensor | None = None,
+        strength: float = 1.0,
+        mask_image: torch.Tensor | None = None,
+        mask: str | Sequence[int] | None = None,
+        threshold: float | None = None,
+        limit: int | None = None,
+        **conditions: torch.Tensor,
+    ) -> SamplerRun:
+        """Begin a run, of which `SamplerRun.advance` does as many rows at a time as it is told.
+
+        ``latents`` (B, ...) is unit noise, else drawn with ``generator`` (one, or one a picture), else with ``seed``:
+        picture i's then depends on the seed and i alone. ``noise`` holds one unit-noise tensor for each row that adds
+        noise, else it is drawn alike, or made in the engine. ``image`` (B, ...) are latents to start from with the
+        last ``strength`` of the steps; with ``mask_image`` (B, 1, ...) they are kept where it is 0. ``mask``,
+        ``threshold`` and ``limit`` are the step cache's, as for `Engine.start`. Raises `UsageError` for what does not
+        fit the engine.
+        """
+        import torch
+
+        table = solver if isinstance(solver, SolverTable) else self.table(solver, num_inference_steps)
+        rows = loop.padded(
+            table,
+            self.loop["rows"],
+            self.loop["history"],
+            time_scale=self.loop["time_scale"],
+            levels=levels(self.process, table.time),
+        )
+        given = self._conditions(conditions) | self._guidance(guidance_scale, guidance_rescale)
+        for name, column in rows._asdict().items():
+            if loop.PREFIX + name in self._inputs:
+                given[loop.PREFIX + name] = torch.from_numpy(column)
+        draw = Draw(self.latents_shape, seed, generator)
+        unit = draw() if latents is None else self._fits("latents", latents)
+        first, state = 0, unit * table.init
+        if image is not None and (mask_image is None or strength != 1):
+            first, (signal, level), scale = begun(table, self.process, strength)
+            state = (signal * self._fits("image", image) + level * unit) * scale
+        elif image is None and (strength != 1 or mask_image is not None):
+            raise UsageError("strength and mask_image say how much of an image is made anew; give the image")
+        given |= self._noise(table, noise, seed, draw) | self._painting(mask_image, image, unit)
+        others = (torch.zeros_like(state) for _ in range(self.loop["history"] - 1))
+        held = {names.STATE: torch.stack([state, *others])}
+        held |= self._cache(len(table), mask, threshold, limit, given)
+        return SamplerRun(self.engine, len(table), first, held, given)
+
+    def _conditions(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        wanted = [*self.loop["conditions"], *self.loop["shared"]]
+        if self.loop["guidance"] in ("batched", "sequential"):
+            wanted += [NEGATIVE + name for name in self.loop["conditions"]]
+        for name in given:
+            if name not in wanted:
+                raise UsageError(
+                    f"the sampler takes no {name!r}; it takes {', '.join(wanted) or 'no conditions'}."
+                    f"{nearest(name, wanted)}"
+                )
+        for name in wanted:
+            if name in given:
+                continue
+            if name.startswith(NEGATIVE):
+                raise UsageError(
+                    f"guidance needs {name!r}, what the network is told for no condition; give it, or use an engine "
+                    "that was built without guidance"
+                )
+            raise UsageError(f"{name!r} is missing; the sampler takes {', '.join(wanted)}")
+        return dict(given)
+
+    def _guidance(self, scale: float | None, rescale: float) -> dict[str, torch.Tensor]:
+        import torch
+
+        form, found = self.loop["guidance"], {}
+        if form == "none" and scale not in (None, UNGUIDED):
+            raise UsageError(
+                f"guidance_scale {scale:g} was given to an engine without guidance; build it with --guidance {scale:g}"
+            )
+        if rescale and not self.loop["rescale"]:
+            raise UsageError("guidance_rescale was given to an engine without it; build it with --rescale")
+        if form != "none":
+            found[names.SCALE] = torch.tensor(self.loop["scale"] if scale is None else float(scale))
+        if self.loop["rescale"]:
+            found[names.RESCALE] = torch.tensor(float(rescale))
+        return found
+
+    def _noise(
+        self, table: SolverTable, noise: Sequence[torch.Tensor] | None, seed: int, draw: Draw
+    ) -> dict[str, torch.Tensor]:
+        import torch
+
+        kind, noisy = self.loop["noise"], table.noisy
+        if kind == "none" and noisy:
+            raise UsageError(
+                f"the solver adds noise in {len(noisy)} of {len(table)} rows, and the engine was built for solvers "
+                "that add none; build it with --noise seed or --noise input"
+            )
+        if noise is not None and kind != "input":
+            raise UsageError(f"noise was given to an engine whose noise is {kind!r}; build it with --noise input")
+        if kind == "seed":
+            return {names.SEED: whole(seed, "cpu")}
+        if kind == "none":
+            return {}
+        if noise is not None and len(noise) != len(noisy):
+            raise UsageError(
+                f"the solver adds noise in {len(noisy)} of {len(table)} rows; {len(noise)} noise tensors were given"
+            )
+        stacked = torch.zeros((self.loop["rows"], *self.latents_shape))
+        for number, row in enumerate(noisy):
+            stacked[row] = draw() if noise is None else self._fits("noise", noise[number])
+        return {names.NOISE: stacked}
+
+    def _painting(
+        self, mask: torch.Tensor | None, image: torch.Tensor | None, unit: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        import torch
+
+        if not self.loop["inpaint"]:
+            if mask is not None:
+                raise UsageError("mask_image was given to an engine that cannot inpaint; build it with --inpaint")
+            return {}
+        wanted = (unit.shape[0], 1, *unit.shape[2:])
+        if mask is not None and tuple(mask.shape) != wanted:
+            raise UsageError(f"mask_image is {tuple(mask.shape)}, and the engine takes {wanted}; give that")
+        known = torch.zeros_like(unit) if image is None else self._fits("image", image)
+        return {
+            names.MASK: torch.ones(wanted) if mask is None else mask.float(),
+            names.KNOWN: known,
+            names.KNOWN_NOISE: unit,
+        }
+
+    def _cache(
+        self,
+        rows: int,
+        mask: str | Sequence[int] | None,
+        threshold: float | None,
+        limit: int | None,
+        given: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The step cache's state at the start; its numbers go to ``given``."""
+        import torch
+
+        cache = self.loop["cache"]
+        if cache is None:
+            if mask is not None or threshold is not None or limit is not None:
+                raise UsageError(
+                    f"engine {self.engine.path.name!r} has no step cache; build it with one (--cache POLICY)"
+                )
+            return {}
+        from hasten.passes.steps.catalog import parse
+        from hasten.passes.steps.plan import planned
+        from hasten.passes.steps.policy import DECIDE
+
+        decision = parse(cache["policy"]).decision
+        forced = np.full(self.loop["rows"], DECIDE, np.int64)
+        wanted = planned(decision, rows, mask)
+        forced[: len(wanted)] = wanted
+        numbers = {
+            names.FORCED: torch.from_numpy(forced),
+            names.CACHE + "steps": whole(rows, "cpu"),
+            names.CACHE + "threshold": torch.tensor(decision.threshold if threshold is None else float(threshold)),
+            names.CACHE + "limit": whole(decision.limit if limit is None else int(limit), "cpu"),
+        }
+        given |= {name: number for name, number in numbers.items() if name in self._inputs}
+        held = {
+            s["name"]: torch.full(s["shape"], s["start"], dtype=getattr(torch, s["dtype"]))
+            for s in self.engine.manifest.state
+        }
+        return {names.DECISIONS: torch.full((self.loop["rows"],), DECIDE), **held}
+
+    def _fits(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) != self.latents_shape:
+            raise UsageError(
+                f"{what} is {tuple(tensor.shape)}, and the engine makes {self.latents_shape}; give that, or build "
+                "another engine"
+            )
+        return tensor.detach().float()

@@ -1,0 +1,99 @@
+"""One run of an engine that holds a sampler: the state between its chunks, and the noise that it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hasten.backends.engine import Engine
+from hasten.errors import UsageError
+from hasten.passes.solvers import names
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Chunk(NamedTuple):
+    """What is known after some rows: rows done and in all, latents and the clean sample predicted by now, (B, ...)."""
+
+    done: int
+    rows: int
+    latents: torch.Tensor
+    preview: torch.Tensor
+
+
+class Sampled(NamedTuple):
+    """``latents`` and ``preview`` (the last predicted x0) (B, ...) float32; ``decisions``: 1 computed, 0 reused."""
+
+    latents: torch.Tensor
+    preview: torch.Tensor
+    decisions: str
+
+
+class SamplerRun:
+    """``rows`` evaluations, of which ``done`` are done (those before the start of a run from a picture among them).
+
+    The state belongs to the run: leave it, and nothing else notices.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: int,
+        first: int,
+        held: Mapping[str, torch.Tensor],
+        given: Mapping[str, torch.Tensor],
+    ) -> None:
+        device = engine.target.device
+        self.engine, self.rows, self.done = engine, rows, first
+        self._given = {name: tensor.to(device) for name, tensor in given.items()}
+        self._held = {name: tensor.to(device) for name, tensor in held.items()}
+
+    @property
+    def decisions(self) -> str:
+        """What a step cache did so far: 1 computed, 0 reused; empty without one."""
+        found = self._held[names.DECISIONS].tolist() if names.DECISIONS in self._held else []
+        return "".join(str(d) for d in found if d >= 0)
+
+    def call(self, first: int, stop: int) -> dict[str, torch.Tensor]:
+        """One call of the engine, from the run's state and without a change to it: for measurements."""
+        device = self.engine.target.device
+        return self.engine(**self._given, **self._held, first=whole(first, device), stop=whole(stop, device))
+
+    def advance(self, rows: int = 1) -> Chunk:
+        """Do ``rows`` more rows, or what is left of them."""
+        if self.done == self.rows:
+            raise UsageError(f"the run has {self.rows} rows and did them all; begin another")
+        stop = min(self.done + rows, self.rows)
+        made = self.call(self.done, stop)
+        self._held = {name: made[names.NEXT + name] for name in self._held}
+        self.done = stop
+        return Chunk(stop, self.rows, made[names.RESULT], made[names.PREVIEW])
+
+
+class Draw:
+    """Unit noise, call after call: as diffusers draws it with a generator, else of each picture's own number."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int, generator: Any) -> None:
+        import torch
+
+        if seed < 0:
+            raise UsageError(f"seed: {seed} given; give 0 or more")
+        if isinstance(generator, Sequence) and len(generator) != shape[0]:
+            raise UsageError(f"{len(generator)} generators were given for {shape[0]} pictures; give one, or one each")
+        self.shape, self.one = shape, None if isinstance(generator, Sequence) else generator
+        own = generator if isinstance(generator, Sequence) else None
+        self.own = own or [torch.Generator().manual_seed((seed << 24) + i) for i in range(shape[0])]
+
+    def __call__(self) -> torch.Tensor:
+        import torch
+
+        if self.one is not None:
+            return torch.randn(self.shape, generator=self.one, device=self.one.device).cpu()
+        return torch.stack([torch.randn(self.shape[1:], generator=g, device=g.device).cpu() for g in self.own])
+
+
+def whole(value: int, device: str) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(value, dtype=torch.int64, device=device)

@@ -1,0 +1,253 @@
+"""What `build` is asked for a sampler, and what comes of it for one network: the plan of its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hasten.backends.manifest import Manifest, TensorSpec
+from hasten.errors import UsageError
+from hasten.passes.solvers import catalog, names
+from hasten.passes.solvers.plan import GUIDANCE, NOISE, LoopPlan, Shaped, check_choice
+from hasten.passes.solvers.process import Process
+from hasten.passes.solvers.table import SolverTable
+from hasten.passes.steps.catalog import parse
+
+if TYPE_CHECKING:
+    import onnx
+
+ROWS, HISTORY = 128, 6
+"""Bounds of the table unless others are given: no solver of the catalog carries more latents."""
+SAMPLES = ("sample", "hidden_states", "latents", "x")
+TIMES = ("timestep", "timesteps", "t", "time", "sigma")
+SCALES = ("guidance", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A sampler around the network, in the same engine.
+
+    ``solver`` (`passes.solvers.catalog`) and ``steps`` are what the engine runs unless it is told otherwise; it serves
+    any solver with at most ``rows`` evaluations over at most ``history`` latents. ``process`` says what the network was
+    trained on, as `Process.of` reads it; bundled models say so themselves. ``guidance`` is the scale, ``form`` how the
+    network is guided (`GUIDANCE`), None for the plainest that the scale and the network allow; ``rescale`` adds the
+    rescaling of Lin et al. ``noise`` (`NOISE`) is where a stochastic solver's noise comes from, None for ``seed`` where
+    the solver takes noise. ``inpaint``: the engine can keep a part of a given picture. ``time_scale`` multiplies the
+    times. ``sample`` and ``time`` name the network's inputs where their names do not tell.
+    """
+
+    solver: str | None = None
+    steps: int = 20
+    guidance: float = 1.0
+    form: str | None = None
+    rescale: bool = False
+    noise: str | None = None
+    inpaint: bool = False
+    rows: int | None = None
+    history: int = HISTORY
+    process: Mapping[str, Any] | None = None
+    time_scale: float = 1.0
+    sample: str | None = None
+    time: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None:
+            catalog.parse(self.solver)
+        if self.form is not None:
+            check_choice("form of guidance", self.form, GUIDANCE)
+        if self.noise is not None:
+            check_choice("noise", self.noise, NOISE)
+        for name, value in (
+            ("steps", self.steps),
+            ("rows", 1 if self.rows is None else self.rows),
+            ("history", self.history),
+        ):
+            if value < 1:
+                raise UsageError(f"{name}: {value} given; give 1 or more")
+        if self.guidance < 0:
+            raise UsageError(f"guidance: {self.guidance:g} given; a scale is 0 or more, and 1 guides nothing")
+
+    def trained_on(self) -> Process:
+        """The process; `UsageError` where nobody said."""
+        if self.process is None:
+            raise UsageError(
+                "a solver must know what the network was trained on, and this source does not say; give process, the "
+                "configuration of its diffusers scheduler (--scheduler FILE)"
+            )
+        return Process.of(self.process)
+
+    def table(self) -> tuple[str, SolverTable]:
+        """The solver's whole text, and its table; `UsageError` where it does not fit the process or the bounds."""
+        process = self.trained_on()
+        text = catalog.canonical(self.solver or catalog.default(process))
+        table = catalog.build(text, process, self.steps)
+        if self.rows is not None and self.rows < len(table):
+            raise UsageError(
+                f"rows: {self.rows} given, and {self.steps} steps make {len(table)} evaluations; give more"
+            )
+        if self.history < table.width:
+            raise UsageError(f"history: {self.history} given, and this solver carries {table.width} latents; give more")
+        if table.noisy and self.noise == "none":
+            raise UsageError(
+                f"{text.partition(':')[0]} adds noise in {len(table.noisy)} rows; give noise=seed or noise=input"
+            )
+        return text, table
+
+
+@dataclass(frozen=True)
+class Looping:
+    """A `Sampling` for one network: the plan, the step cache's tensors, and what the manifest says of them."""
+
+    plan: LoopPlan
+    kept: tuple[Shaped, ...]
+    controls: tuple[Shaped, ...]
+    described: Mapping[str, Any]
+
+    def around(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Put an ONNX denoiser, which is changed, into its loop."""
+        from hasten.passes.onnx.solver_loop import solver_loop
+
+        return solver_loop(model, self.plan, self.kept, self.controls)
+
+    @classmethod
+    def of(
+        cls,
+        sampling: Sampling,
+        given: Sequence[TensorSpec],
+        made: Sequence[TensorSpec],
+        state: Sequence[Mapping[str, Any]] = (),
+        cache: Mapping[str, Any] | None = None,
+    ) -> Looping:
+        """Find the parts of a network with inputs ``given`` and outputs ``made``; ``state`` is its step cache's.
+
+        `UsageError` where they do not fit what is asked for.
+        """
+        text, table = sampling.table()
+        carried = {s["name"] for s in state}
+        own = tuple(s for s in given if not s.name.startswith(names.CACHE))
+        if dynamic := [s for s in own if any(isinstance(size, str) for size in s.shape)]:
+            raise UsageError(
+                f"input {dynamic[0].name!r} has dynamic sizes, and a sampling loop is built for fixed ones; give shapes"
+            )
+        kept = tuple(_shaped(s) for s in given if s.name in carried)
+        controls = tuple(_shaped(s) for s in given if s not in own and s.name not in carried)
+        noise = sampling.noise or ("seed" if table.noisy else "none")
+        # a loop that is given noise for every row has no room that it does not need
+        rows = sampling.rows or (len(table) if noise == "input" else max(len(table), ROWS))
+        plan = plan_of(sampling, own, made, noise, rows)
+        if cache is not None:
+            plan = replace(plan, follow=parse(cache["policy"]).branches == "conditional")
+        described = {
+            "solver": text,
+            "steps": sampling.steps,
+            "rows": plan.rows,
+            "history": plan.history,
+            "guidance": plan.guidance,
+            "scale": sampling.guidance,
+            "rescale": plan.rescale,
+            "noise": plan.noise,
+            "inpaint": plan.inpaint,
+            "process": dict(sampling.process or {}),
+            "time_scale": sampling.time_scale,
+            "latents": list(plan.latents),
+            "conditions": [c.name for c in plan.conditions],
+            "shared": [s.name for s in plan.shared],
+            "cache": None if cache is None else dict(cache),
+            "state": [{**s, "name": s["name"] + b} for b in names.BRANCHES[: plan.calls] for s in state],
+        }
+        return cls(plan, kept, controls, described)
+
+
+def looped(manifest: Manifest, looping: Looping | None) -> Manifest:
+    """The manifest of an engine with a sampler's loop in it; unchanged where there is none."""
+    if looping is None:
+        return manifest
+    described = dict(looping.described)
+    state = described.pop("state")
+    return replace(manifest, loop=described, state=tuple(s for s in state if _is_input(manifest, s["name"])))
+
+
+def _is_input(manifest: Manifest, name: str) -> bool:
+    return any(t.name == name for t in manifest.inputs)
+
+
+def plan_of(
+    sampling: Sampling, given: Sequence[TensorSpec], made: Sequence[TensorSpec], noise: str, rows: int
+) -> LoopPlan:
+    """Tell a network's inputs apart, and check that they can be guided as asked."""
+    by_name = {s.name: _shaped(s) for s in given}
+    sample = _find("sample", sampling.sample, SAMPLES, by_name)
+    time = _find("time", sampling.time, TIMES, by_name)
+    found = made[0].shape
+    if len(sample.shape) < 2 or (*found[:1], *found[2:]) != (*sample.shape[:1], *sample.shape[2:]):
+        raise UsageError(
+            f"output {made[0].name!r} has sizes {found} and input {sample.name!r} {sample.shape}; a solver needs a "
+            "prediction of the sample's own sizes"
+        )
+    rest = [s for s in by_name.values() if s not in (sample, time)]
+    scale = next((s for s in rest if s.name in SCALES), None)
+    size = sample.shape[0]
+    conditions = tuple(s for s in rest if s is not scale and s.shape[:1] == (size,))
+    shared = tuple(s for s in rest if s is not scale and s not in conditions)
+    form = sampling.form or _plainest(sampling, scale, conditions, size)
+    if form in ("batched", "sequential") and not conditions:
+        raise UsageError(
+            f"guidance needs an input to leave out, and the network has none beside {sample.name!r} and time"
+        )
+    if form == "batched" and int(size) % 2:
+        raise UsageError(
+            f"batched guidance calls the network with twice the pictures, and its batch of {size} is odd; build it for "
+            "twice the number of pictures, or take form=sequential"
+        )
+    if form == "embedded" and scale is None:
+        raise UsageError(f"embedded guidance needs a network with an input {SCALES[0]!r}; inputs: {', '.join(by_name)}")
+    if form == "none" and sampling.guidance != 1:
+        raise UsageError(f"guidance {sampling.guidance:g} was asked for with form=none; take form=batched")
+    if scale is not None and form != "embedded":
+        conditions, scale = (*conditions, scale), None
+    if sampling.rescale and form not in ("batched", "sequential"):
+        raise UsageError(f"rescale: for batched and sequential guidance, and this is {form}")
+    taken = {*(s.name for s in names.inputs(LoopPlan(1, 1, "none", False, "none", False, 1, sample, time), (), ()))}
+    if clash := sorted(taken & {s.name for s in (*conditions, *shared)}):
+        raise UsageError(f"the network's input {clash[0]!r} has the name of one of the loop's own; rename it")
+    batch = int(size) // 2 if form == "batched" else size
+    return LoopPlan(
+        rows,
+        sampling.history,
+        form,
+        sampling.rescale,
+        noise,
+        sampling.inpaint,
+        batch,
+        sample,
+        time,
+        conditions,
+        shared,
+        scale,
+    )
+
+
+def _plainest(sampling: Sampling, scale: Shaped | None, conditions: Sequence[Shaped], size: Any) -> str:
+    if scale is not None:
+        return "embedded"
+    if sampling.guidance == 1 or not conditions:
+        return "none"
+    return "sequential" if int(size) % 2 else "batched"
+
+
+def _find(what: str, asked: str | None, usual: Sequence[str], given: Mapping[str, Shaped]) -> Shaped:
+    if asked is not None and asked not in given:
+        from hasten.errors import nearest
+
+        raise UsageError(f"{what}: there is no input {asked!r}; inputs: {', '.join(given)}.{nearest(asked, given)}")
+    name = asked or next((n for n in usual if n in given), None)
+    if name is None:
+        raise UsageError(
+            f"which input is the {what}? None of {', '.join(given)} is called {' or '.join(usual)}; say it"
+        )
+    return given[name]
+
+
+def _shaped(spec: TensorSpec) -> Shaped:
+    return Shaped(spec.name, spec.dtype, spec.shape)

@@ -1,0 +1,33 @@
+"""What models were trained on, as far as their names tell: `Process.of` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+}
+"""Of Stable Diffusion 1.5 and XL (scheduler_config.json of both pipelines)."""
+_NAMED: Mapping[str, Mapping[str, Any]] = {
+    "sd15-unet": STABLE_DIFFUSION,
+    "sdxl-unet": STABLE_DIFFUSION,
+    # facebook/DiT-XL-2-256 and PixArt-alpha: the linear schedule of improved diffusion
+    "dit-xl-2": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"},
+    "pixart-alpha": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"},
+}
+
+
+def process_of(name: str) -> Mapping[str, Any] | None:
+    """The process of a registered model, in full or reduced form; None where its name does not tell."""
+    from hasten.models.registry import BUNDLED
+
+    if name in BUNDLED:
+        from hasten.models.scenes.adapters import specification
+
+        known = ("objective", "schedule", "shift")
+        return {key: value for key, value in specification(name).items() if key in known}
+    return _NAMED.get(name.removesuffix("-reduced"))

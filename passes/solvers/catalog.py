@@ -1,0 +1,149 @@
+"""Every solver by name, and the text that asks for one: ``name:key=value,key=value``, lists with ``/`` between items.
+
+>>> canonical("ddim:eta=0.5")
+'ddim:eta=0.5,keep_eps=false,spacing=leading,end=zero,offset=0,compat=diffusers'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+from hasten.errors import UsageError, nearest
+from hasten.passes.solvers.process import Process
+from hasten.passes.solvers.table import SolverTable
+from hasten.passes.steps.options import Option, read_all, write
+
+_SOLVERS: Mapping[str, str] = {
+    "ddim": "builders:DDIM",
+    "plms": "builders:PLMS",  # one more evaluation than steps
+    "pndm": "builders:PNDM",  # PLMS after three steps of Runge-Kutta
+    "ipndm": "builders:IPNDM",  # on a schedule of its own
+    "dpm-solver": "builders:DPM_SOLVER",
+    "dpm-singlestep": "builders:DPM_SINGLESTEP",
+    "unipc": "builders:UNIPC",
+    "deis": "builders:DEIS",
+    "lms": "builders:LMS",
+    "euler": "builders:EULER",
+    "euler-ancestral": "builders:ANCESTRAL",
+    "heun": "builders:HEUN",  # two evaluations a step
+    "flow-euler": "builders:FLOW_EULER",
+    "ltsp": "builders:LTSP",  # two networks: the denoiser and a guide
+    "stsp": "builders:STSP",
+    "caf": "builders:CAF",  # two networks: velocity and acceleration
+}
+
+PRESETS: Mapping[str, str] = {
+    "dpm++2m": "dpm-solver:order=2,form=data",
+    "dpm++3m": "dpm-solver:order=3,form=data",
+    "dpm++2m-karras": "dpm-solver:order=2,form=data,levels=karras",
+    "dpm++2m-sde": "dpm-solver:order=2,form=sde-data",
+    "dpm-2m": "dpm-solver:order=2,form=noise,end=sigma_min",
+    "dpm-3m": "dpm-solver:order=3,form=noise,end=sigma_min",
+    "dpm++2s": "dpm-singlestep:order=2,form=data",
+    "dpm++3s": "dpm-singlestep:order=3,form=data",
+    "flow-heun": "heun",
+}
+"""Names in common use, and what they stand for; further options go after them as usual."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One solver: a line about it, its options, and ``build(process, steps, **options)``.
+
+    ``starts_late``: ``build`` takes ``first``, the step to start at.
+    """
+
+    summary: str
+    options: Mapping[str, Option]
+    build: Callable[..., SolverTable]
+    starts_late: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A solver's name with every option's value; its text reads back to the same request."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        given = [f"{key}={write(value)}" for key, value in self.options.items() if value is not None]
+        return f"{self.name}:{','.join(given)}" if given else self.name
+
+    def with_options(self, **given: Any) -> Request:
+        """The same solver with other values of some options; `UsageError` where it has no such option."""
+        declared = entry(self.name).options
+        read = read_all(self.name, declared, given)
+        return Request(self.name, {**self.options, **{key: read[key] for key in given}})
+
+    def build(self, process: Process, steps: int, *, first: int = 0) -> SolverTable:
+        """Build the table of ``steps`` steps on ``process``, or what is left of them from step ``first`` on.
+
+        The sample at ``first`` is then a picture with the noise of that step's level, and a method that remembers
+        earlier values starts anew; `UsageError` for solvers that cannot start late (`Entry.starts_late`).
+        """
+        made = entry(self.name)
+        if not first:
+            return made.build(process, steps, **self.options)
+        if not made.starts_late:
+            late = ", ".join(name for name in _SOLVERS if entry(name).starts_late)
+            raise UsageError(f"{self.name} cannot start at step {first}: its start is fixed; those that can: {late}")
+        if not 0 < first < steps:
+            raise UsageError(f"{self.name}: step {first} is no step to start at; they go from 0 to {steps - 1}")
+        return made.build(process, steps, first=first, **self.options)
+
+
+def names() -> tuple[str, ...]:
+    """The solvers that can be asked for, and the names in common use."""
+    return (*_SOLVERS, *PRESETS)
+
+
+def entry(name: str) -> Entry:
+    """Look a solver up; `UsageError` with the nearest name where there is none."""
+    if name not in _SOLVERS:
+        raise UsageError(f"no solver named {name!r}; solvers: {', '.join(names())}.{nearest(name, names())}")
+    module, _, attribute = _SOLVERS[name].partition(":")
+    return cast(Entry, getattr(import_module(f"hasten.passes.solvers.{module}"), attribute))
+
+
+def build(text: str, process: Process | Mapping[str, Any], steps: int) -> SolverTable:
+    """Build the table that ``text`` asks for: ``steps`` steps on a `Process`, or on what `Process.of` reads.
+
+    >>> len(build("dpm++2m-karras", Process.diffusion(), 20))
+    20
+    """
+    return parse(text).build(process if isinstance(process, Process) else Process.of(process), steps)
+
+
+def canonical(text: str) -> str:
+    """The same request with every option written out, so that it means the same elsewhere."""
+    return str(parse(text))
+
+
+def default(process: Process) -> str:
+    """The plain first-order solver of a process: DDIM, or Euler's method for a flow."""
+    return "flow-euler" if process.is_flow else "ddim:spacing=trailing,compat=none"
+
+
+def parse(text: str) -> Request:
+    """Read and check a request; `UsageError` for anything unknown, of the wrong type or out of range."""
+    name, _, rest = text.strip().partition(":")
+    preset, _, given = PRESETS.get(name, name).partition(":")
+    options = {**_pairs(preset, given), **_pairs(preset, rest)}
+    return Request(preset, read_all(preset, entry(preset).options, options))
+
+
+def _pairs(name: str, text: str) -> dict[str, str]:
+    entry(name)
+    given: dict[str, str] = {}
+    for item in text.split(",") if text else ():
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise UsageError(f"{name}: option {item!r} is not written key=value")
+        if key in given:
+            raise UsageError(f"{name}: option {key!r} is given twice")
+        given[key] = value
+    return given

@@ -1,0 +1,119 @@
+"""The bundled models with the whole sampler in the engine, against the Python loop over the eager module."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from typing import Any
+
+import pytest
+import torch
+
+import hasten
+from hasten.backends.sampler import Sampler
+from hasten.models.processes import process_of
+from hasten.models.registry import get
+from hasten.models.scenes.generate import generate
+from hasten.passes.solvers import catalog
+from hasten.tools.generate_loop import LoopDenoise
+
+LABELS = [3, 9]
+CACHES = {"scenes-unet": "easycache:threshold=0.1", "scenes-dit": "first-block:threshold=0.2"}
+SOLVERS = {
+    "scenes-unet": ("ddim", "pndm", "dpm++2m-karras", "unipc"),
+    "scenes-dit": ("flow-euler", "dpm++2m-karras", "unipc", "heun"),
+}
+
+pytestmark = pytest.mark.slow
+
+
+def engine(folder: Any, model: str, target: str, cache: str | None) -> LoopDenoise:
+    adapter = dataclasses.replace(get(model), batch=4)
+    built = hasten.build(
+        adapter, target=target, out=folder, cache=cache, sampling=hasten.Sampling(steps=6, guidance=2.0)
+    )
+    return LoopDenoise(built, adapter)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (model, target, cached)
+        for model in SOLVERS
+        for target in ("onnxruntime:cpu", "aoti:cpu")
+        for cached in (False, True)
+    ],
+    ids=lambda p: f"{p[0]}-{p[1]}{'-cached' if p[2] else ''}",
+)
+def case(request: Any, tmp_path_factory: Any) -> tuple[str, LoopDenoise]:
+    model, target, cached = request.param
+    folder = tmp_path_factory.mktemp("engines") / model
+    return model, engine(folder, model, target, CACHES[model] if cached else None)
+
+
+def test_pictures_of_every_solver(case: tuple[str, LoopDenoise]) -> None:
+    model, denoise = case
+    adapter = dataclasses.replace(get(model), batch=4)
+    for solver in SOLVERS[model]:
+        table = catalog.build(solver, process_of(model) or {}, 6)
+        options = {"mask": "1" * len(table)} if denoise.sampler.loop["cache"] is not None else {}
+        made = denoise.generate(LABELS, solver=table, **options)
+        expected = generate(adapter.module(), adapter, LABELS, guidance=2.0, table=table)
+        torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5, msg=lambda m, s=solver: f"{s}: {m}")
+
+
+def test_targets_decide_alike(tmp_path: Any) -> None:
+    """A step cache's decisions, and so the pictures, are the same in both runtimes."""
+    made = [
+        engine(tmp_path / t.partition(":")[0], "scenes-dit", t, CACHES["scenes-dit"])
+        for t in ("onnxruntime:cpu", "aoti:cpu")
+    ]
+    runs = [m.sample(LABELS, num_inference_steps=20) for m in made]
+    assert "0" in runs[0].decisions
+    assert runs[0].decisions == runs[1].decisions
+    torch.testing.assert_close(runs[0].latents, runs[1].latents, rtol=2e-5, atol=2e-5)
+
+
+def test_a_schedule_is_known_before_the_run(tmp_path: Any) -> None:
+    """What depends on the number of the row alone is still one branch, told what to do."""
+    denoise = engine(tmp_path / "engine", "scenes-dit", "onnxruntime:cpu", "mask:bits=10010010,stretch=nearest")
+    assert denoise.sample(LABELS, num_inference_steps=8).decisions == "10010010"
+    assert denoise.sample(LABELS, num_inference_steps=8, mask="11010010").decisions == "11010010"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime:cpu", "aoti:cpu"])
+def test_memory_is_constant_in_the_number_of_steps(tmp_path: Any, target: str) -> None:
+    sampler: Sampler = engine(tmp_path / "engine", "scenes-unet", target, None).sampler
+    told = {"class_labels": torch.tensor(LABELS), "negative_class_labels": torch.full((2,), 16)}
+
+    def peak(steps: int) -> int:
+        sampler(num_inference_steps=steps, **told)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    peak(4)
+    before = peak(4)
+    state = 6 * 2 * 12 * 16 * 16 * 4
+    assert peak(128) - before < 40 * state  # keeping every row's state would take 124
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "form"),
+    [("scenes-unet", None, "batched"), ("scenes-dit", "first-block:threshold=0.2", "sequential")],
+)
+def test_a_tensorrt_rtx_plan_holds_the_loop(tmp_path: Any, model: str, cache: str | None, form: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    built = hasten.build(
+        dataclasses.replace(get(model), batch=4),
+        target="tensorrt-rtx:sm89",
+        out=tmp_path / "engine",
+        cache=cache,
+        sampling=hasten.Sampling(guidance=2.0, noise="seed", form=form, rescale=True, inpaint=True),
+    )
+    audit = built.manifest.audit
+    assert audit is not None
+    assert audit["layers"]["TRIP_LIMIT"] > 0
+    assert ("CONDITION" in audit["layers"]) == (cache is not None)
+    if not audit["readable"]:
+        pytest.skip(audit["reason"])
+    assert audit["counts"]["cjmp"] > (2 if cache is not None else 0)
+    assert audit["stream_capturable"] is False

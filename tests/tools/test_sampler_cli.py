@@ -1,0 +1,90 @@
+"""``--solver``: a sampler's engine from the command line, what it makes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hasten import load
+from hasten import sampler as sampler_of
+from hasten.models.scenes.adapters import FOLDER
+from hasten.passes.solvers.sample import sample
+
+pytestmark = pytest.mark.skipif(not (FOLDER / "dit.safetensors").is_file(), reason="the bundled weights are missing")
+
+QUICK = ("--count", 1, "--repeat", 1, "--target", "onnxruntime:cpu", "-q")
+
+
+def test_generate_runs_the_whole_sampler_in_the_engine(hasten: Any, tmp_path: Any) -> None:
+    """A solver with history and noise, and a step cache: the baseline's Python loop is given the same noise."""
+    words = ("generate", "scenes-dit", "-o", tmp_path, "--solver", "dpm++2m-sde", "--steps", 4, *QUICK)
+    done = hasten(*words, "--cache", "first-block:threshold=0.0001")
+    assert done.code == 0, done.err
+    document = json.loads((tmp_path / "scenes-dit.json").read_text())
+    assert document["solver"] == "dpm++2m-sde"
+    assert document["cache"]["mask"] == "1111"
+    assert document["results"][1]["max_abs_difference"] < 1e-4
+    manifest = json.loads((tmp_path / "scenes-dit" / "manifest.json").read_text())
+    assert manifest["loop"]["guidance"] == "batched"
+    assert manifest["loop"]["noise"] == "input"
+
+
+class Net(nn.Module):
+    """Two pictures, guided: four samples a call."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        return torch.sin(sample * timestep[:, None, None, None] / 1000) + prompt.mean((1, 2))[:, None, None, None]
+
+
+def test_build_puts_an_onnx_model_and_what_it_was_trained_on_into_an_engine(hasten: Any, tmp_path: Any) -> None:
+    config, source = tmp_path / "scheduler_config.json", tmp_path / "net.onnx"
+    config.write_text(json.dumps({"beta_schedule": "linear", "prediction_type": "v_prediction"}))
+    examples = (torch.randn(4, 3, 4, 4), torch.rand(4), torch.randn(4, 5, 6))
+    names = ["sample", "timestep", "prompt"]
+    torch.onnx.export(Net(), examples, source, dynamo=True, input_names=names, output_names=["out"], verbose=False)
+    words = ("build", source, "--target", "onnxruntime:cpu", "--solver", "unipc", "--steps", 7, "--guidance", 3)
+    done = hasten(*words, "--scheduler", config, "--rows", 9, "-o", tmp_path / "engine", "-q")
+    assert done.code == 0, done.err
+    sampler = sampler_of(load(tmp_path / "engine"))
+    loop = sampler.loop
+    assert (loop["solver"].partition(":")[0], loop["steps"], loop["scale"], loop["rows"]) == ("unipc", 7, 3.0, 9)
+    prompt, negative, unit = examples[2][:2], examples[2][2:], examples[0][:2]
+    table = sampler.table()
+    assert sampler.process.prediction == "v_prediction"
+
+    def denoise(x: torch.Tensor, time: float) -> torch.Tensor:
+        t = torch.full((2,), time)
+        told, untold = Net()(x, t, prompt), Net()(x, t, negative)
+        return untold + 3.0 * (told - untold)
+
+    made = sampler(prompt=prompt, negative_prompt=negative, latents=unit).latents
+    torch.testing.assert_close(made, sample(denoise, table, unit), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["build", "scenes-dit", "--steps", "5"], "--steps is of a sampler; say which: --solver NAME"),
+        (["build", "scenes-dit", "--inpaint"], "--inpaint is of a sampler; say which: --solver NAME"),
+        (["build", "scenes-dit", "--solver", "unipk"], "no solver named 'unipk'; solvers: "),
+        (["build", "scenes-dit", "--solver", "ddim"], "ddim is for diffusion processes, and this model is a flow"),
+        (
+            ["build", "scenes-dit", "--solver", "unipc", "--guidance-form", "bached"],
+            "form of guidance 'bached' is none of none, batched, sequential, embedded. Did you mean 'batched'?",
+        ),
+        (["build", "scenes-dit", "--solver", "unipc", "--steps", "9", "--rows", "4"], "rows: 4 given, and 9 steps"),
+        (["build", "scenes-dit", "--solver", "unipc", "--scheduler", "nowhere.json"], "nowhere.json cannot be read"),
+        (["build", "flux-dev-reduced", "--solver", "unipc"], "must know what the network was trained on"),
+        (["generate", "scenes-dit", "--solver", "unipk"], "no solver named 'unipk'"),
+        (["generate", "scenes-dit", "--solver", "unipc", "--target", "inductor:cpu"], "--solver: for engines"),
+    ],
+)
+def test_wrong_usage(hasten: Any, tmp_path: Any, words: list[str], message: str) -> None:
+    target = [] if "--target" in words else ["--target", "onnxruntime:cpu"]
+    done = hasten(*words, *target, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert message in done.err

@@ -1,0 +1,106 @@
+"""Pictures or clips of a bundled model from an engine that holds the whole sampler."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hasten.tools.generate_cached import RUNS
+from hasten.tools.timing import take_turns
+
+if TYPE_CHECKING:
+    import torch
+
+    from hasten.backends.engine import Engine
+    from hasten.backends.sampler_run import Sampled, SamplerRun
+    from hasten.backends.sampling import Sampling
+    from hasten.models.adapter import Adapter
+    from hasten.passes.solvers.table import SolverTable
+
+
+def table_of(adapter: Adapter, solver: str, steps: int) -> SolverTable:
+    """The solver's table for a bundled model."""
+    from hasten.models.processes import process_of
+    from hasten.passes.solvers import catalog
+
+    return catalog.build(solver, process_of(adapter.name) or {}, steps)
+
+
+def sampling_of(adapter: Adapter, solver: str, steps: int, guidance: float) -> Sampling:
+    """What the engine is built for: noise comes from outside, so that a baseline is given the same."""
+    from hasten.backends.sampling import Sampling
+
+    noise = "input" if table_of(adapter, solver, steps).noisy else "none"
+    return Sampling(solver=solver, steps=steps, guidance=guidance, noise=noise)
+
+
+class LoopDenoise:
+    """The sampler of an engine; `generate` makes what `models.scenes.generate.generate` makes."""
+
+    def __init__(self, engine: Engine, adapter: Adapter) -> None:
+        from hasten.backends.sampler import Sampler
+        from hasten.models.scenes.adapters import specification
+        from hasten.models.scenes.subject import subject
+
+        self.sampler = Sampler(engine)
+        self.specification = specification(adapter.name)
+        self.subject = subject(self.specification)
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """A denoiser alone is not in the engine."""
+        raise TypeError("the engine holds the whole sampler; call generate")
+
+    def begin(self, labels: Sequence[int], **options: Any) -> SamplerRun:
+        """Begin a run for ``labels``, guided as the engine is."""
+        return self.sampler.begin(**self._conditions(labels), **options)
+
+    def sample(self, labels: Sequence[int], **options: Any) -> Sampled:
+        """A whole run for ``labels``."""
+        return self.sampler(**self._conditions(labels), **options)
+
+    def generate(self, labels: Sequence[int], **options: Any) -> torch.Tensor:
+        """Pixels in [-1, 1], on the CPU."""
+        latents = self.sample(labels, **options).latents
+        return self.subject.pixels(latents, self.specification["unshuffle"]).clamp(-1, 1).cpu()
+
+    def _conditions(self, labels: Sequence[int]) -> dict[str, torch.Tensor]:
+        import torch
+
+        label = torch.as_tensor(labels, dtype=torch.int64)
+        (name,) = self.sampler.loop["conditions"]
+        given = {name: self.subject.condition(label)}
+        if self.sampler.loop["guidance"] != "none":
+            given["negative_" + name] = self.subject.condition(torch.full_like(label, self.subject.null_class))
+        return given
+
+    def one_row(self, *, computed: bool = True) -> Callable[[], object]:
+        """One step of the loop as a call of the engine: the second row of a run, computed or reused."""
+        cached, rows = self.sampler.loop["cache"] is not None, len(self.sampler.table())
+        mask = ("11" if computed else "10") + "1" * max(rows - 2, 0)
+        run = self.begin([0] * self.sampler.latents_shape[0], mask=mask[:rows] if cached else None)
+        first = min(1, rows - 1)
+        if first:
+            run.advance()
+        return lambda: run.call(first, first + 1)
+
+    def report(self, labels: Sequence[int], seed: int, repeat: int) -> dict[str, Any]:
+        """What the step cache did and what it gained, as `CachedDenoise.report`."""
+        cache = self.sampler.loop["cache"]
+        mask = self.sample(labels, seed=seed).decisions
+        step = take_turns([self.one_row(), self.one_row(computed=False)], repeat)
+        whole = take_turns(
+            [lambda: self.sample(labels, seed=seed), lambda: self.sample(labels, seed=seed, mask="1" * len(mask))], RUNS
+        )
+        part, ratio = mask.count("1") / len(mask), step[1].median / step[0].median
+        gains = [b / a for a, b in zip(whole[0].seconds, whole[1].seconds, strict=True)]
+        return {
+            "policy": cache["policy"],
+            "mask": mask,
+            "computed_steps": mask.count("1"),
+            "skipped_steps": mask.count("0"),
+            "seconds_per_step": {"computed": step[0].as_dict(), "reused": step[1].as_dict()},
+            "predicted_speedup": 1 / (part + (1 - part) * ratio),
+            "measured_speedup": statistics.median(gains),
+            "state_bytes": sum(s["bytes"] for s in self.sampler.engine.manifest.state),
+        }
