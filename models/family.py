@@ -121,8 +121,9 @@ class Family:
             return self.wrap(model, config, sizes)
 
         def skeleton() -> nn.Module:
+            made = self.model_class()  # outside: modules imported inside would keep their own tensors on meta
             with torch.device("meta"):
-                return finish(self.model_class()(**config)).to("meta").eval()
+                return finish(made(**config)).to("meta").eval()
 
         inputs = self.inputs(config, sizes)
         return Adapter(

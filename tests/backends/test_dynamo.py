@@ -42,6 +42,8 @@ class Block(nn.Module):
 
 
 BLOCK_HITS = {"geglu": 1, "attention": 1, "group-norm-act": 1, "native-attention": 1}
+OTHER_TYPES_HITS = {"geglu": 1, "attention": 1, "group-norm-act": 1}
+"""The C++ kernel of attention is for float32."""
 
 
 @pytest.fixture(autouse=True)
@@ -580,7 +582,7 @@ def test_autocast(block: nn.Module, name: str, where: str) -> None:
         want, got = function(X), compiled(X)
     assert want.dtype == got.dtype == torch.bfloat16
     assert relative_error([want], [got]) < 2e-2
-    assert hits() == BLOCK_HITS
+    assert hits() == OTHER_TYPES_HITS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -590,7 +592,7 @@ def test_other_types(block: nn.Module, dtype: torch.dtype) -> None:
         got = torch.compile(model, backend=traced)(x)
     assert got.dtype == dtype
     assert relative_error([model(x)], [got]) < {torch.float64: 1e-12}.get(dtype, 1e-2)
-    assert hits() == BLOCK_HITS
+    assert hits() == OTHER_TYPES_HITS
 
 
 def test_inductor_compiles_bfloat16(block: nn.Module) -> None:

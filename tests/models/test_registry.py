@@ -248,3 +248,15 @@ def test_the_real_decoder_runs():
     image = adapter.module()(latent=torch.randn(1, 4, 16, 16))
     assert image.shape == (1, 3, 128, 128)
     assert torch.isfinite(image).all()
+
+
+def test_a_skeleton_leaves_what_it_imports_alone() -> None:
+    """Modules of diffusers that are imported while everything is made on meta would keep tensors without numbers."""
+    program = (
+        "from hasten.models import registry\n"
+        "registry.get('dit-xl-2').skeleton()\n"
+        "from diffusers.hooks import mag_cache\n"
+        "print(mag_cache.FLUX_MAG_RATIOS.device)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["cpu"], done.stderr

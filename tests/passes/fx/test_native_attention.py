@@ -25,6 +25,7 @@ from hasten.passes.rule import Report
 def _native():
     assert build.load() is None, "the C++ kernels are not to be had on this machine"
     torch._dynamo.reset()
+    dynamo.reports.clear()
     torch.manual_seed(0)
 
 
