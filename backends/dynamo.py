@@ -67,6 +67,8 @@ def backend(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    from hasten.backends.onednn_linear import onednn_linear
+
     compiled: Callable[..., Any]
     ours, inductor = split_options(mode, options)
     if _trains(gm, example_inputs):
@@ -78,7 +80,8 @@ def backend(
     patches = {**inductor, "post_grad_custom_pre_pass": _Key(inductor.get("post_grad_custom_pre_pass"))}
 
     def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_fx(module, inputs, config_patches=patches)
+        with onednn_linear():
+            return compile_fx(module, inputs, config_patches=patches)
 
     try:
         if "cache" in ours:
