@@ -202,7 +202,8 @@ def find_mask(
 def check(subject: Subject, name: str, fitted: Fitted, draws: Sequence[Draw], tell: Tell) -> dict[str, Any]:
     """Run the fitted policy on ``draws`` and compare with the same runs uncached."""
     from hasten.backends.calibrate_runs import decibels
-    from hasten.passes.steps.catalog import Request, read
+    from hasten.passes.steps.catalog import read
+    from hasten.passes.steps.options import Request
 
     text = str(Request(name, {**read(name).options, **fitted.options}))
     cached = subject.cached(text)

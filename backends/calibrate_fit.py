@@ -10,8 +10,9 @@ from hasten.backends.calibrate_search import computed_calls, guessed, kept
 from hasten.errors import UsageError, nearest
 from hasten.passes.steps import fitting_polynomial as polynomial
 from hasten.passes.steps import fitting_schedule as schedule
-from hasten.passes.steps.catalog import Request, build, read
+from hasten.passes.steps.catalog import build, read
 from hasten.passes.steps.fitting_threshold import Prediction, at, reaching
+from hasten.passes.steps.options import Request
 from hasten.passes.steps.policy import Policy
 from hasten.passes.steps.simulate import idle
 

@@ -20,9 +20,9 @@ import hasten
 from hasten.models import registry
 from hasten.models.adapter import Adapter
 
-MODELS = ("scenes-unet", "scenes-dit")
+MODELS = ("scenes-unet", "scenes-dit", "scenes-video")
 LIMIT = 2e-5
-FUSED_NORMS = {"scenes-unet": 15, "scenes-dit": 0}
+FUSED_NORMS = {"scenes-unet": 15, "scenes-dit": 0, "scenes-video": 0}
 """GroupNorm+SiLU kernels that TensorRT-RTX 1.7.1 makes; the other two of the UNet's 17 go into neighbouring kernels."""
 Feed = dict[str, torch.Tensor]
 

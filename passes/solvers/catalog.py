@@ -14,7 +14,8 @@ from typing import Any, cast
 from hasten.errors import UsageError, nearest
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.table import SolverTable
-from hasten.passes.steps.options import Option, read_all, write
+from hasten.passes.steps import options
+from hasten.passes.steps.options import Option, read_all
 
 _SOLVERS: Mapping[str, str] = {
     "ddim": "builders:DDIM",
@@ -62,16 +63,8 @@ class Entry:
     starts_late: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(options.Request):
     """A solver's name with every option's value; its text reads back to the same request."""
-
-    name: str
-    options: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        given = [f"{key}={write(value)}" for key, value in self.options.items() if value is not None]
-        return f"{self.name}:{','.join(given)}" if given else self.name
 
     def with_options(self, **given: Any) -> Request:
         """The same solver with other values of some options; `UsageError` where it has no such option."""

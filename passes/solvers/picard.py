@@ -19,7 +19,7 @@ import numpy as np
 from hasten.errors import UsageError
 from hasten.passes.solvers.hooks import Hook
 from hasten.passes.solvers.picard_rows import transport, unit_change
-from hasten.passes.solvers.sample import _as, _check, _combined, _wide, hooked_step, network_input, step
+from hasten.passes.solvers.sample import check_call, combined, hooked_step, network_input, step, typed_like, widened
 from hasten.passes.solvers.table import SolverTable
 
 Array = Any  # a torch.Tensor or a numpy.ndarray
@@ -60,11 +60,11 @@ def picard(
     settled; it lasts only where `sample` would meet it as well. `UsageError` for what cannot be meant.
     """
     networks = [denoise] if callable(denoise) else list(denoise)
-    _check(table, len(networks), 0 if noise is None else len(noise))
+    check_call(table, len(networks), 0 if noise is None else len(noise))
     allowed = _allowed(table, x, window, tolerance, unit)
     moved, rows = transport(table), table if hook else table.fold()
     kicks = dict(zip(table.noisy, noise if noise is not None else (), strict=True))
-    wide = _wide(x)
+    wide = widened(x)
     first = [wide * table.init, *(wide * 0.0 for _ in range(table.width - 1))]
     begin, states = 0, [first] * (min(window, len(table)) + 1)
     sweeps = evaluations = critical = 0
@@ -73,16 +73,16 @@ def picard(
         predictions, calls = _predictions(networks, rows, span, states, x)
         found: list[State] = [states[0]]
         for i, old, prediction in zip(span, states, predictions, strict=False):
-            kick = _wide(kicks[i]) if i in kicks else None
+            kick = widened(kicks[i]) if i in kicks else None
             after = hooked_step(rows, i, old, prediction, kick, hook) if hook else step(rows, i, old, prediction, kick)
             if i > begin:
                 change = [new - was for new, was in zip(found[-1], old, strict=True)]
-                after = [s + _combined(weights, change) for s, weights in zip(after, moved[i], strict=True)]
+                after = [s + combined(weights, change) for s, weights in zip(after, moved[i], strict=True)]
             found.append(after)
         shift = _shift(rows, span, found[1:], states[1:], allowed)
         begin, states = begin + shift, found[shift:] + [found[-1]] * shift
         sweeps, evaluations, critical = sweeps + 1, evaluations + len(span), critical + calls
-    return Picard(_combined(table.output, states[0]), sweeps, evaluations, critical)
+    return Picard(combined(table.output, states[0]), sweeps, evaluations, critical)
 
 
 def _allowed(
@@ -116,12 +116,12 @@ def _predictions(
     for network in called:
         chosen = [(i, state) for i, state in zip(span, states, strict=False) if table.network[i] == network]
         given = [
-            _joined([_as(network_input(table, i, state), x) for i, state in chosen]),
-            _vector(np.repeat([table.time[i] for i, _ in chosen], len(x)), _wide(x)),
+            _joined([typed_like(network_input(table, i, state), x) for i, state in chosen]),
+            _vector(np.repeat([table.time[i] for i, _ in chosen], len(x)), widened(x)),
         ]
         if network in table.conditioned:
-            given.append(_joined([_as(_combined(table.condition[i], state), x) for i, state in chosen]))
-        answer = _wide(networks[network](*given))
+            given.append(_joined([typed_like(combined(table.condition[i], state), x) for i, state in chosen]))
+        answer = widened(networks[network](*given))
         if tuple(answer.shape) != tuple(given[0].shape):
             raise UsageError(
                 f"picard: the network was given {len(chosen)} rows as {tuple(given[0].shape)} and answered "
@@ -146,7 +146,7 @@ def _shift(
             parts = [abs(s - w).reshape(len(s), -1).sum(1) for s, w in zip(state, was, strict=True)]
             sizes.append(sum(parts[1:], parts[0]))
         else:
-            change = _combined(seen_by[i], state) - _combined(seen_by[i], was)
+            change = combined(seen_by[i], state) - combined(seen_by[i], was)
             sizes.append((change * change).reshape(len(change), -1).mean(1))
     # One transfer from the device a sweep.
     values = np.asarray(_joined(sizes).tolist()).reshape(len(sizes), -1)

@@ -32,7 +32,7 @@ def step(
 
 def network_input(table: SolverTable, index: int, state: Sequence[Array]) -> Array:
     """Form what the network sees at evaluation ``index``."""
-    return _combined(table.input[index], state)
+    return combined(table.input[index], state)
 
 
 def sample(
@@ -53,28 +53,28 @@ def sample(
     ``network(y, t, condition)``.
     """
     networks = [denoise] if callable(denoise) else list(denoise)
-    _check(table, len(networks), 0 if noise is None else len(noise))
+    check_call(table, len(networks), 0 if noise is None else len(noise))
     table = table if hook else table.fold()
-    wide = _wide(x)
+    wide = widened(x)
     state = [wide * table.init, *(wide * 0.0 for _ in range(table.width - 1))]
     draws = iter(noise if noise is not None else ())
     conditioned = table.conditioned
     for i, time in enumerate(table.time.tolist()):
         seen = network_input(table, i, state)
-        given = [_as(seen, x), time]
+        given = [typed_like(seen, x), time]
         if table.network[i] in conditioned:
-            given.append(_as(_combined(table.condition[i], state), x))
-        prediction = _wide(networks[table.network[i]](*given))
-        draw = _wide(next(draws)) if table.C[i].any() else None
+            given.append(typed_like(combined(table.condition[i], state), x))
+        prediction = widened(networks[table.network[i]](*given))
+        draw = widened(next(draws)) if table.C[i].any() else None
         state = (
             hooked_step(table, i, state, prediction, draw, hook) if hook else step(table, i, state, prediction, draw)
         )
         if callback is not None:
-            callback(i, time, _combined(table.output, state))
-    return _combined(table.output, state)
+            callback(i, time, combined(table.output, state))
+    return combined(table.output, state)
 
 
-def _check(table: SolverTable, networks: int, given: int) -> None:
+def check_call(table: SolverTable, networks: int, given: int) -> None:
     wanted, needed = int(table.network.max()) + 1, len(table.noisy)
     if networks != wanted:
         raise UsageError(f"sample: the solver evaluates {wanted} networks; {networks} were given")
@@ -106,7 +106,7 @@ def _terms(weights: Any, state: Sequence[Array]) -> list[tuple[float, Array]]:
     return [(float(w), s) for w, s in zip(weights, state, strict=True)]
 
 
-def _combined(weights: Any, state: Sequence[Array]) -> Array:
+def combined(weights: Any, state: Sequence[Array]) -> Array:
     return _weighted(_terms(weights, state), like=state[0])
 
 
@@ -120,12 +120,12 @@ def _weighted(terms: Sequence[tuple[float, Array]], *, like: Array) -> Array:
     return like * 0.0 if total is None else total
 
 
-def _wide(x: Array) -> Array:
+def widened(x: Array) -> Array:
     """``x`` in float32, or as it is in float64; numpy arrays have ``astype``, torch tensors ``float``."""
     if str(x.dtype).endswith("float64"):
         return x
     return x.astype("float32") if hasattr(x, "astype") else x.float()
 
 
-def _as(x: Array, like: Array) -> Array:
+def typed_like(x: Array, like: Array) -> Array:
     return x.astype(like.dtype, copy=False) if hasattr(x, "astype") else x.to(like.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hasten.errors import UsageError, nearest
-from hasten.passes.steps.options import Option, read_all, write
+from hasten.passes.steps.options import Option, Request, read_all
 from hasten.passes.steps.policy import Policy
 
 _POLICIES: Mapping[str, str] = {
@@ -42,18 +42,6 @@ class Entry:
     options: Mapping[str, Option]
     build: Callable[..., Policy]
     bare: str = ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A policy's name with every option's value; its text reads back to the same request."""
-
-    name: str
-    options: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        given = [f"{key}={write(value)}" for key, value in self.options.items() if value is not None]
-        return f"{self.name}:{','.join(given)}" if given else self.name
 
 
 def names() -> tuple[str, ...]:

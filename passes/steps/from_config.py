@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hasten.errors import UsageError, nearest
-from hasten.passes.steps.catalog import Request, build, entry
-from hasten.passes.steps.options import read_all
+from hasten.passes.steps.catalog import build, entry
+from hasten.passes.steps.options import Request, read_all
 from hasten.passes.steps.policy import Policy
 
 

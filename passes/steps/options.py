@@ -93,3 +93,15 @@ def read_all(policy: str, declared: Mapping[str, Option], given: Mapping[str, An
             raise UsageError(f"{policy} has no option {key!r}; its options: {valid}.{nearest(key, declared)}")
     values = {key: option.default for key, option in declared.items()}
     return values | {key: declared[key].read(f"{policy}: {key}", value) for key, value in given.items()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A name with every option's value; its text reads back to the same request."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        given = [f"{key}={write(value)}" for key, value in self.options.items() if value is not None]
+        return f"{self.name}:{','.join(given)}" if given else self.name
