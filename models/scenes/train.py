@@ -3,7 +3,9 @@
 The UNet predicts v on the squared-cosine schedule (Salimans & Ho, 2202.00512; Nichol & Dhariwal, 2102.09672). The DiT
 and the video transformer predict the rectified-flow velocity ``noise - image`` at logit-normal times (Esser et al.,
 2403.03206), the latter with that paper's shift to the noisy end: what eight frames have in common shows through more
-noise than one picture does. (Of the bundled weights' steps, the first 2000 were without it.)
+noise than one picture does. Of four of its batches three are of single frames, eight times as many, without temporal
+attention and with the shift due to one: shapes are learned from stills, motion from clips (both, by turns, as Latte's,
+Ma et al., 2401.03048). Its blocks' matrices take orthogonalised steps (Muon, Jordan et al. 2024) of AdamW's size.
 
 All keep an exponential moving average of the weights, which is what is saved, in float16, and drop the label for one
 picture in ten so that classifier-free guidance works. Every batch is a function of its step number alone, so a run
@@ -27,6 +29,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hasten.models.scenes import clips
 from hasten.models.scenes.subject import subject
 
 HERE = Path(__file__).parent
@@ -56,7 +59,15 @@ def loss_at(model: torch.nn.Module, spec: dict[str, Any], step: int, batch: int)
     """Compute the training loss on batch number ``step``: a function of the weights and that number only."""
     rng = torch.Generator().manual_seed(step)
     drawn = subject(spec)
-    pixels, labels = drawn.render(batch, 1_000_000 + step, None)
+    shift, options = spec.get("shift", 1), {}
+    if spec.get("stills") and step % 4:
+        # Averaged over F frames, noise is sqrt(F) times smaller: that much of a clip's shift is due to its frames.
+        frames = spec["config"]["video_length"]
+        batch, shift, options = batch * frames, shift / math.sqrt(frames), {"enable_temporal_attentions": False}
+        clips_of_one = clips.render(batch, 1_000_000 + step, frames=1)
+        pixels, labels = clips_of_one.frames, clips_of_one.labels
+    else:
+        pixels, labels = drawn.render(batch, 1_000_000 + step, None)
     image = drawn.latents(torch.from_numpy(pixels), spec["unshuffle"])
     dropped = torch.rand(batch, generator=rng) < LABEL_DROP
     condition = drawn.condition(torch.where(dropped, drawn.null_class, torch.from_numpy(labels)))
@@ -67,13 +78,25 @@ def loss_at(model: torch.nn.Module, spec: dict[str, Any], step: int, batch: int)
         bar = squared_cosine_alpha_bar().float()[time].view(each)
         noisy, target = bar.sqrt() * image + (1 - bar).sqrt() * noise, bar.sqrt() * noise - (1 - bar).sqrt() * image
     else:
-        sigma = torch.sigmoid(torch.randn(batch, generator=rng) + math.log(spec.get("shift", 1)))
+        sigma = torch.sigmoid(torch.randn(batch, generator=rng) + math.log(shift))
         time, sigma = sigma * 1000, sigma.view(each)
         noisy, target = (1 - sigma) * image + sigma * noise, noise - image
     # Of sequences as short as these, PyTorch's plain attention has the faster backward on a CPU.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        output = model(noisy, time, condition).sample
+        output = model(noisy, time, condition, **options).sample
     return F.mse_loss(output.float(), target)
+
+
+def _optimizers(model: torch.nn.Module, spec: dict[str, Any], rate: float) -> list[torch.optim.Optimizer]:
+    """Return AdamW of all parameters, or, with ``"optimizer": "muon"``, Muon of the blocks' matrices beside it."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inside = spec.get("optimizer") == "muon" and parameter.ndim == 2 and "blocks." in name
+        (matrices if inside else others).append(parameter)
+    adam = torch.optim.AdamW(others, rate, weight_decay=0.01, betas=(0.9, 0.99))
+    if not matrices:
+        return [adam]
+    return [adam, torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
 def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: int) -> Path:
@@ -82,23 +105,25 @@ def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: in
     model, spec = network(name)
     model.eval()  # neither model has dropout; in training mode DiT would drop labels a second time
     mean = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99))
+    optimizers = _optimizers(model, spec, rate)
     done, curve, state = 0, [], run / f"{name}.pt"
     run.mkdir(parents=True, exist_ok=True)
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state_dict in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state_dict)
         mean, done, curve = saved["mean"], saved["step"], saved["curve"]
     recent: list[float] = []
     for step in range(done, steps):
         warm = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss = loss_at(model, spec, step, batch)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():
@@ -112,7 +137,7 @@ def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: in
             torch.save(
                 {
                     "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "mean": mean,
                     "step": step + 1,
                     "curve": curve,

@@ -11,7 +11,10 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from hasten.backends.layers import layer_word, layers_of
 from hasten.backends.tuning import TunedChooser
@@ -19,12 +22,20 @@ from hasten.backends.tuning_machine import native_kernels
 from hasten.backends.tuning_measure import measure
 from hasten.backends.tuning_runners import TorchRunners
 from hasten.backends.tuning_store import Store
-from hasten.passes.choice import DIRECT, Limits
+from hasten.models.registry import get
+from hasten.passes.choice import DIRECT, Layer, Limits
 from hasten.passes.ops.winograd_conv2d.select import candidates
-from hasten.tools.source import resolve
 
 MODELS = ("sd15-unet", "sd15-vae-decoder", "sdxl-unet", "scenes-unet")
 WORST = 1.03
+
+
+def layers(name: str, threads: int) -> Counter[Layer]:
+    """Count a model's distinct layers; its weights, gigabytes of them, are not made for that."""
+    adapter = get(name)
+    inputs = {key: value.to("meta") for key, value in adapter.example_inputs().items()}
+    program = torch.export.export(adapter.skeleton(), (), inputs, strict=False)
+    return Counter(replace(layer, device="cpu") for layer in layers_of(program, threads=threads))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         chooser = TunedChooser(Store(Path(folder) / "tuning.json", native=native_kernels()), mode="on")
         for name in args.models:
-            sites = Counter(layers_of(resolve(name).program(None), threads=args.threads))
+            sites = layers(name, args.threads)
             chosen: Counter[str] = Counter()
             ratios = {}
             for layer in sites:

@@ -1,9 +1,10 @@
 // GroupNorm in two passes over memory: per-channel sums, then one multiply-add and the activation.
 //
-// A run of pixels is read twice, the second time from the first-level cache: for a mean, then for sums and squares about
-// it, in float32. Across runs, and across channels, they are put together in float64 with Chan's formula. So neither a
-// large mean nor a first pixel unlike the others costs digits. Channels last, a run of pixels is read whole lines at a
-// time, whatever the number of channels in a group.
+// A run of a plane is read twice, the second time from the first-level cache: for a mean, then for sums and squares about
+// it, in float32. Channels last, where a run is whole lines of all channels, it is read once, about the mean of the run
+// before (of the first, its own): how far these two are apart is part of the variance, so no digits of it are lost.
+// Across runs, and across channels, they are put together in float64 with Chan's formula. So neither a large mean nor a
+// first pixel unlike the others costs digits.
 
 #include "group_norm.h"
 
@@ -21,6 +22,7 @@ namespace {
 constexpr long RUN = 64;        // pixels that are summed in float32, channels last
 constexpr long PLANE_RUN = 4096;  // floats of a plane that are summed in float32
 constexpr int UNROLL = 4;       // vectors of channels whose sums are independent
+constexpr int WIDE = 8;         // the same where there are as many: memory is read faster in longer pieces
 
 // Add what a run of n pixels has about `centre` to sums about `origin`.
 void add_run(double n, double centre, double origin, double s, double q, double* sum, double* square) {
@@ -29,45 +31,51 @@ void add_run(double n, double centre, double origin, double s, double q, double*
   *square += q + off * (2 * s + n * off);
 }
 
-// Sums over the runs [first, last) of one picture, channels last, about its first pixel; sums and squares are (C) each.
+// Sums and squares of the run [begin, end) about `centres`, of the U vectors of channels from `ch` on.
+template <int U>
+void run_about(const float* x, long c, long begin, long end, long ch, const float* centres, float* s_out, float* q_out) {
+  vf k[U], s[U] = {}, q[U] = {};
+  for (int j = 0; j < U; ++j) k[j] = load(centres + ch + j * VL);
+  for (long p = begin; p < end; ++p)
+    for (int j = 0; j < U; ++j) {
+      const vf d = load(x + p * c + ch + j * VL) - k[j];
+      s[j] += d;
+      q[j] += d * d;
+    }
+  for (int j = 0; j < U; ++j) {
+    store(s_out + ch + j * VL, s[j]);
+    store(q_out + ch + j * VL, q[j]);
+  }
+}
+
+// Sums over the runs of [first, last) of one picture, channels last, about its first pixel; sums and squares are (C) each.
 void sums_channels_last(const float* x, long c, long first, long last, double* sums, double* squares) {
+  std::vector<float> room(3 * c);
+  float *centres = room.data(), *s = centres + c, *q = s + c;
+  const float* start = x + first * c;
+  const long head = std::min(RUN, last - first);
+  for (long p = 0; p < head; ++p)
+    for (long ch = 0; ch < c; ++ch) centres[ch] += (start[p * c + ch] - start[ch]) / head;
+  for (long ch = 0; ch < c; ++ch) centres[ch] += start[ch];
+
   for (long begin = first; begin < last; begin += RUN) {
     const long end = std::min(begin + RUN, last);
-    const float part = 1.f / (end - begin);
-    const float* start = x + begin * c;
     long ch = 0;
-    for (; ch + UNROLL * VL <= c; ch += UNROLL * VL) {
-      vf k[UNROLL], s[UNROLL] = {}, q[UNROLL] = {};
-      for (int j = 0; j < UNROLL; ++j) k[j] = load(start + ch + j * VL);
-      for (long p = begin; p < end; ++p)
-        for (int j = 0; j < UNROLL; ++j) s[j] += load(x + p * c + ch + j * VL) - k[j];
-      for (int j = 0; j < UNROLL; ++j) {
-        k[j] += s[j] * part;
-        s[j] = vf{};
-      }
-      for (long p = begin; p < end; ++p)
-        for (int j = 0; j < UNROLL; ++j) {
-          const vf d = load(x + p * c + ch + j * VL) - k[j];
-          s[j] += d;
-          q[j] += d * d;
-        }
-      for (int j = 0; j < UNROLL; ++j)
-        for (int l = 0; l < VL; ++l) {
-          const long at = ch + j * VL + l;
-          add_run(end - begin, k[j][l], x[at], s[j][l], q[j][l], sums + at, squares + at);
-        }
-    }
+    for (; ch + WIDE * VL <= c; ch += WIDE * VL) run_about<WIDE>(x, c, begin, end, ch, centres, s, q);
+    for (; ch + UNROLL * VL <= c; ch += UNROLL * VL) run_about<UNROLL>(x, c, begin, end, ch, centres, s, q);
+    for (; ch + VL <= c; ch += VL) run_about<1>(x, c, begin, end, ch, centres, s, q);
     for (; ch < c; ++ch) {
-      float k = start[ch], s = 0, q = 0;
-      for (long p = begin; p < end; ++p) s += x[p * c + ch] - start[ch];
-      k += s * part;
-      s = 0;
+      s[ch] = q[ch] = 0;
       for (long p = begin; p < end; ++p) {
-        const float d = x[p * c + ch] - k;
-        s += d;
-        q += d * d;
+        const float d = x[p * c + ch] - centres[ch];
+        s[ch] += d;
+        q[ch] += d * d;
       }
-      add_run(end - begin, k, x[ch], s, q, sums + ch, squares + ch);
+    }
+    const float part = 1.f / (end - begin);
+    for (ch = 0; ch < c; ++ch) {
+      add_run(end - begin, centres[ch], x[ch], s[ch], q[ch], sums + ch, squares + ch);
+      centres[ch] += s[ch] * part;
     }
   }
 }

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_batches_are_functions_of_their_number_and_labels_are_dropped(small):
             told.append((noisy, time, condition))
             return model.forward(noisy, time, condition)
 
-    losses = [train.loss_at(Watched(), spec, step, 64).item() for step in (3, 3, 4)]
+    losses = [train.loss_at(Watched(), spec, step, 64).item() for step in (4, 4, 8)]
     assert losses[0] == losses[1] != losses[2]
     assert all(torch.equal(a, b) for a, b in zip(*told[:2], strict=True))
     assert not torch.equal(told[0][0], told[2][0])
@@ -83,3 +84,30 @@ def test_batches_are_functions_of_their_number_and_labels_are_dropped(small):
     null = drawn.condition(torch.tensor([drawn.null_class]))[0]
     dropped = sum(int((c == null).reshape(64, -1).all(1).sum()) for _, _, c in told[1:])
     assert 4 <= dropped <= 24  # of 128, one in ten
+
+
+def test_of_four_batches_of_clips_three_are_stills():
+    spec = specification("scenes-video")
+    told = []
+
+    def network(noisy, time, condition, **options):
+        told.append((tuple(noisy.shape[:3]), options, time.mean().item() / 1000))
+        return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+    for step in range(4):
+        train.loss_at(network, spec, step, 8)
+    shapes, options, times = zip(*told, strict=True)
+    assert shapes == ((8, 12, 8), *[(64, 12, 1)] * 3)
+    assert options == ({}, *[{"enable_temporal_attentions": False}] * 3)
+    assert times[0] > max(times[1:])  # one picture shows less through noise than eight
+
+
+def test_matrices_of_blocks_take_orthogonalised_steps():
+    model, spec = train.network("video")
+    adam, muon = train._optimizers(model, spec, 1e-3)
+    assert all(p.ndim == 2 for p in muon.param_groups[0]["params"])
+    assert sum(p.numel() for g in (adam, muon) for p in g.param_groups[0]["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert isinstance(muon, torch.optim.Muon)
+    assert len(train._optimizers(*train.network("unet"), 1e-3)) == 1

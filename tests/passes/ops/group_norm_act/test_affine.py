@@ -84,6 +84,19 @@ def test_a_first_pixel_unlike_the_others_costs_no_digits(channels, layout, eps):
     assert (scale / want - 1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("channels", [6, 64, 200])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bands", [(1e4, -3e4, 0), (0, 0, 1e4), (1e-4, 1, 1)])
+def test_bands_of_unlike_means_cost_no_digits(channels, layout, bands):
+    height = torch.arange(96) * len(bands) // 96
+    x = torch.randn(1, channels, 96, 33) * 1e-3 + torch.tensor(bands)[height][:, None]
+    x = x.to(memory_format=layout)
+    scale = STATS(x, None, None, None, None, 2, 1e-12)[1].double()
+    grouped = x.double().reshape(2, -1)
+    want = (grouped.var(1, correction=0) + 1e-12).rsqrt().repeat_interleave(channels // 2)
+    assert (scale.flatten() / want - 1).abs().max() < 1e-6
+
+
 def test_constant_input_gives_the_bias_over_the_root_of_epsilon():
     bias = torch.randn(8)
     x = torch.full((1, 8, 4, 4), 3.0)
