@@ -20,7 +20,7 @@ from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
 from hasten.backends.manifest import Manifest, TensorSpec, write_manifest
 from hasten.backends.onnx_signature import Signature, check_dynamic, fix_shapes, rename, signature
-from hasten.backends.sampling import Looping, Sampling, looped
+from hasten.backends.sampling import Looping, Sampling, Second, looped
 from hasten.backends.shapes import Profile, Shapes, check_profiles, evaluate, format_shape, parse_profiles
 from hasten.backends.source import Origin, kind_of, origin_of
 from hasten.backends.step_cache import Caching
@@ -161,7 +161,9 @@ class _Job:
             from hasten.models.processes import process_of
 
             self.sampling = replace(self.sampling, process=process_of(name))
-        self.sampling.table()
+        _, table = self.sampling.table()
+        if self.caching is not None:
+            self.caching.check_calls(len(table))
 
     def tell(self, stage: str, fraction: float) -> None:
         """Begin ``stage``."""
@@ -197,6 +199,8 @@ class _Job:
             output_names=origin.output_names,
             dim_names=dim_names(program, origin.dynamic_shapes),
         )
+        if self.sampling is not None and self.sampling.second is not None:
+            flat = self._with_second(flat, self.sampling.second, report)
         if self.caching is None:
             return self._lower_graph(flat, report, folder, "model", self._looping(flat.inputs, flat.outputs))
         cached, described = self.caching.apply(flat, report)
@@ -207,6 +211,14 @@ class _Job:
             return self._lower_graph(step, report, folder, "model", looping)
         built = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
         return _assembled(built, cached.state, described)
+
+    def _with_second(self, flat: FlatProgram, second: Second, report: Report) -> FlatProgram:
+        """Both networks of a solver in one graph, the second rewritten by the same rules."""
+        from hasten.backends.second_network import both
+
+        if self.caching is not None:
+            raise UsageError("a step cache keeps what one network found, and this solver asks two; leave one out")
+        return both(flat, second, report, choosing=self.choosing, rules=self.rules)
 
     def _looping(
         self,

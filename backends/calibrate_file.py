@@ -143,7 +143,7 @@ def check_fits(
     options = content.get("options") or {}
     bound = content.get("policy") not in _ANY_STEPS and options.get("stretch") != "nearest"
     if bound and steps is not None and content.get("steps") not in (None, steps):
-        raise UsageError(f"{what} is for {content['steps']} steps, and the run has {steps}; {again}")
+        raise UsageError(f"{what} is for {content['steps']} steps, and the run has {steps}; run as many, or {again}")
     made = content.get("shape")
     if shape is not None and made is not None and list(made[1:]) != list(shape[1:]):
         raise UsageError(

@@ -74,6 +74,8 @@ def package(
     import torch
     from torch._inductor import aoti_compile_and_package
 
+    from hasten.backends.frozen_subgraphs import frozen_subgraphs
+
     require(parse_target(f"aoti:{device}"))
     for index, tensor in enumerate(example_inputs):
         if tensor.device.type != device:
@@ -83,7 +85,7 @@ def package(
             )
     _check_options(options or {})
     _check_space(module, out_dir)
-    with torch.no_grad():
+    with torch.no_grad(), frozen_subgraphs():
         program = torch.export.export(module, tuple(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
         _check_dynamic(program, dynamic_shapes)
         try:
@@ -151,6 +153,7 @@ class PackageRunner:
         import torch
         from torch._inductor import aoti_load_package
 
+        from hasten.backends.package_pages import release_package_pages
         from hasten.passes.ops.native import build as native
 
         built, here = manifest.versions.get("torch", "?"), torch.__version__
@@ -169,6 +172,7 @@ class PackageRunner:
 
             native.adopt(library)
         self._model = aoti_load_package(str(artifact))
+        release_package_pages()
         self._device = parse_target(manifest.target).device
 
     def run_torch(self, inputs: list[torch.Tensor], /) -> list[torch.Tensor]:

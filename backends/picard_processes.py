@@ -29,6 +29,7 @@ def picard_processes(
     window: int,
     tolerance: float,
     noise: Sequence[torch.Tensor] | None = None,
+    conditions: Sequence[torch.Tensor] = (),
     timeout: float = 300.0,
     group: dist.ProcessGroup | None = None,
     **options: Any,
@@ -36,9 +37,10 @@ def picard_processes(
     """Do what `picard` does in every process of ``group`` (default: all), each with ``window / processes`` rows a call.
 
     Every process calls this alike and has the whole result. ``x`` and ``noise`` of the first process count, so seeds
-    may differ; ``options`` go to `picard`. Predictions travel in x's type, or float32 where that is narrower.
-    ``timeout``: seconds to wait for the others in each sweep, the network's own differences included. `HastenError`
-    where a process is lost or late, `UsageError` where there is no group.
+    may differ; ``options`` go to `picard`. ``conditions`` (B, ...), one for each of x's samples, go to the network
+    behind its other inputs, as many of them as a call has samples. Predictions travel in x's type, or float32 where
+    that is narrower. ``timeout``: seconds to wait for the others in each sweep, the network's own differences included.
+    `HastenError` where a process is lost or late, `UsageError` where there is no group.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise UsageError(
@@ -53,9 +55,9 @@ def picard_processes(
     first = dist.get_global_rank(group, 0) if group is not None else 0
     x, *kicks = (array.detach().clone().contiguous() for array in (x, *(noise if noise is not None else ())))
     for array in (x, *kicks):
-        _wait(dist.broadcast(array, first, group=group, async_op=True), timeout, group)
+        wait(dist.broadcast(array, first, group=group, async_op=True), timeout, group)
     return picard(
-        [_shared(network, timeout, group) for network in networks],
+        [_shared(network, len(x), conditions, timeout, group) for network in networks],
         table,
         x,
         window=window,
@@ -65,14 +67,21 @@ def picard_processes(
     )
 
 
-def _shared(network: Network, timeout: float, group: dist.ProcessGroup | None) -> Network:
-    """Evaluate this process's part of a batch and gather everyone's."""
+def _shared(
+    network: Network,
+    samples: int,
+    conditions: Sequence[torch.Tensor],
+    timeout: float,
+    group: dist.ProcessGroup | None,
+) -> Network:
+    """Evaluate this process's part of a batch of rows of ``samples`` each, and gather everyone's."""
     processes, mine = dist.get_world_size(group), dist.get_rank(group)
 
     def shared(*given: torch.Tensor) -> torch.Tensor:
         y = given[0]
         share = -(-len(y) // processes)  # the last processes may have less to do, or nothing
-        part = [array[mine * share : (mine + 1) * share] for array in given]
+        rows = [torch.cat([c] * (len(y) // samples)) for c in conditions]
+        part = [array[mine * share : (mine + 1) * share] for array in (*given, *rows)]
         wide = torch.promote_types(y.dtype, torch.float32)
         sent = torch.zeros((share, *y.shape[1:]), dtype=wide, device=y.device)
         if len(part[0]):
@@ -84,13 +93,14 @@ def _shared(network: Network, timeout: float, group: dist.ProcessGroup | None) -
                 )
             sent[: len(answer)] = answer
         got = [torch.empty_like(sent) for _ in range(processes)]
-        _wait(dist.all_gather(got, sent, group=group, async_op=True), timeout, group)
+        wait(dist.all_gather(got, sent, group=group, async_op=True), timeout, group)
         return torch.cat(got)[: len(y)]
 
     return shared
 
 
-def _wait(work: Any, timeout: float, group: dist.ProcessGroup | None) -> None:
+def wait(work: Any, timeout: float, group: dist.ProcessGroup | None) -> None:
+    """Wait for an exchange of a Picard run; `HastenError` where another process is lost or late."""
     try:
         work.wait(timedelta(seconds=timeout))
     except RuntimeError as error:

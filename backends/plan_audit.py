@@ -20,6 +20,8 @@ _PROGRAM = re.compile(rb"header \{\n  version = [^\x00\x80-\xff]*")
 _STEP = re.compile(r"^  (\w+)=\{ ", re.MULTILINE)
 _KERNEL = re.compile(r"^  (?:runtime_)?function=\{ name=(\S+)", re.MULTILINE)
 _JUMP = re.compile(r"^\s*cjmp\b", re.MULTILINE)
+_LABEL = re.compile(r"^ *label (\w+):", re.MULTILINE)
+_TARGETS = re.compile(r"^\s*cjmp\b.*?\btarget=\{([^}]*)\}", re.MULTILINE)
 
 
 def audit(plan: bytes) -> dict[str, Any]:
@@ -29,14 +31,28 @@ def audit(plan: bytes) -> dict[str, Any]:
     architectures; ``counts``: ``gemm_mha`` fused attentions, ``SiluGnor`` GroupNorm+SiLU kernels, ``Gnor`` GroupNorm
     kernels of any other kind, ``corrltn`` convolutions, ``fully_connected`` matrix products, ``runtime_fusion``
     products with fused neighbours, ``cjmp`` conditional jumps (an If or Loop whose body is skipped for real).
+    ``behind_jumps``: the same counts of what lies right behind the labels that conditional jumps lead to, which is all
+    of a branch without jumps of its own; what is counted above and not here runs at every call.
     """
     programs = [m.group().decode("ascii") for m in _PROGRAM.finditer(plan)]
     if not programs:
         return {"readable": False, "reason": NOT_READABLE}
     text = "\n".join(programs)
+    capturable = re.findall(r"stream_capturable=(\d)", text)
+    accelerators = re.findall(r"accelerators=\{([^}]*)\}", text)
+    return {
+        "readable": True,
+        "stream_capturable": capturable.count("1") == len(capturable) if capturable else None,
+        "accelerators": sorted({name for group in accelerators for name in re.findall(r"sm\d+", group)}),
+        "counts": _counts(text),
+        "behind_jumps": _counts("\n".join(block for program in programs for block in _behind(program))),
+    }
+
+
+def _counts(text: str) -> dict[str, int]:
     kernels = _KERNEL.findall(text)
     steps = _STEP.findall(text)
-    counts = {
+    return {
         "gemm_mha": sum("_gemm_mha" in k or "_gemv_mha" in k for k in kernels),
         "SiluGnor": sum("SiluGnor" in k for k in kernels),
         "Gnor": sum("Gnor" in k and "SiluGnor" not in k for k in kernels),
@@ -45,14 +61,14 @@ def audit(plan: bytes) -> dict[str, Any]:
         "runtime_fusion": steps.count("runtime_fusion"),
         "cjmp": len(_JUMP.findall(text)),
     }
-    capturable = re.findall(r"stream_capturable=(\d)", text)
-    accelerators = re.findall(r"accelerators=\{([^}]*)\}", text)
-    return {
-        "readable": True,
-        "stream_capturable": capturable.count("1") == len(capturable) if capturable else None,
-        "accelerators": sorted({name for group in accelerators for name in re.findall(r"sm\d+", group)}),
-        "counts": counts,
-    }
+
+
+def _behind(program: str) -> list[str]:
+    """The text from each label that a conditional jump leads to, up to the next label."""
+    _, *parts = _LABEL.split(program)
+    blocks = dict(zip(parts[::2], parts[1::2], strict=True))
+    targets = dict.fromkeys(t for found in _TARGETS.findall(program) for t in found.split())
+    return [blocks[t] for t in targets if t in blocks]
 
 
 def header_problem(plan: bytes, architectures: tuple[str, ...], version: str) -> str | None:

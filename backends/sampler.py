@@ -58,20 +58,37 @@ class Sampler:
         return catalog.build(solver or self.loop["solver"], self.process, steps or self.loop["steps"])
 
     def __call__(
-        self, *, chunk: int | None = None, callback: Callable[[Chunk], object] | None = None, **options: Any
+        self,
+        *,
+        chunk: int | None = None,
+        callback: Callable[[Chunk], object] | None = None,
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], object] | None = None,
+        **options: Any,
     ) -> Sampled:
         """Sample; ``options`` are those of `begin`.
 
         ``callback`` sees a `Chunk` after every ``chunk`` rows, of all rows together where it is None; what it raises
-        ends the run.
+        ends the run. ``callback_on_step_end(sampler, row, time, {"latents": …})`` is diffusers', after every ``chunk``
+        rows or every row: ``time`` is what the network was told in ``row``. The latents are to be looked at: the
+        solver's state is more than they are, and `UsageError` says so where others come back.
         """
         run = self.begin(**options)
+        if callback_on_step_end is not None:
+            chunk = 1 if chunk is None else chunk
         if chunk is not None and chunk < 1:
             raise UsageError(f"chunk: {chunk} rows given; give 1 or more")
         while True:
             done = run.advance(chunk or run.rows)
             if callback is not None:
                 callback(done)
+            if callback_on_step_end is not None:
+                given = {"latents": done.latents}
+                returned = callback_on_step_end(self, done.done - 1, run.time(done.done - 1), given)
+                if isinstance(returned, Mapping) and returned.get("latents") is not done.latents:
+                    raise UsageError(
+                        "callback_on_step_end returned other latents, and an engine keeps the solver's own state; "
+                        "return those that it was given, or sample step by step with hasten.Scheduler"
+                    )
             if run.done == run.rows:
                 return Sampled(done.latents, done.preview, run.decisions)
 
@@ -112,6 +129,8 @@ class Sampler:
             self.loop["history"],
             time_scale=self.loop["time_scale"],
             levels=levels(self.process, table.time),
+            networks=self.loop.get("networks", 1),
+            conditioned=self.loop.get("beside", False),
         )
         given = self._conditions(conditions) | self._guidance(guidance_scale, guidance_rescale)
         for name, column in rows._asdict().items():

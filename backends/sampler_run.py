@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hasten.backends.engine import Engine
 from hasten.errors import UsageError
-from hasten.passes.solvers import names
+from hasten.passes.solvers import loop, names
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,10 @@ class SamplerRun:
         """What a step cache did so far: 1 computed, 0 reused; empty without one."""
         found = self._held[names.DECISIONS].tolist() if names.DECISIONS in self._held else []
         return "".join(str(d) for d in found if d >= 0)
+
+    def time(self, row: int) -> float:
+        """What the network is told in ``row``."""
+        return float(self._given[loop.PREFIX + "time"][row])
 
     def call(self, first: int, stop: int) -> dict[str, torch.Tensor]:
         """One call of the engine, from the run's state and without a change to it: for measurements."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hasten.backends.manifest import Manifest, TensorSpec
 from hasten.errors import UsageError
@@ -22,6 +22,19 @@ ROWS, HISTORY = 128, 6
 SAMPLES = ("sample", "hidden_states", "latents", "x")
 TIMES = ("timestep", "timesteps", "t", "time", "sigma")
 SCALES = ("guidance", "guidance_scale")
+BESIDE = "velocity"
+"""The input of a second network that takes the solver's second picture."""
+
+
+class Second(NamedTuple):
+    """The second network of a solver that asks two: a module, and examples of its inputs by name.
+
+    Inputs that the first network has as well are the same input. One called ``velocity`` of the sample's sizes takes
+    the second picture, if the solver has one (CAF); a guide has none.
+    """
+
+    module: Any
+    example_inputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,8 @@ class Sampling:
     network is guided (`GUIDANCE`), None for the plainest that the scale and the network allow; ``rescale`` adds the
     rescaling of Lin et al. ``noise`` (`NOISE`) is where a stochastic solver's noise comes from, None for ``seed`` where
     the solver takes noise. ``inpaint``: the engine can keep a part of a given picture. ``time_scale`` multiplies the
-    times. ``sample`` and ``time`` name the network's inputs where their names do not tell.
+    times. ``sample`` and ``time`` name the network's inputs where their names do not tell. ``second`` is the guide of
+    LTSP, STSP and guided solvers, or CAF's acceleration; the engine then holds both networks.
     """
 
     solver: str | None = None
@@ -50,6 +64,7 @@ class Sampling:
     time_scale: float = 1.0
     sample: str | None = None
     time: str | None = None
+    second: Second | None = None
 
     def __post_init__(self) -> None:
         if self.solver is not None:
@@ -91,6 +106,11 @@ class Sampling:
         if table.noisy and self.noise == "none":
             raise UsageError(
                 f"{text.partition(':')[0]} adds noise in {len(table.noisy)} rows; give noise=seed or noise=input"
+            )
+        if table.network.any() and self.second is None:
+            raise UsageError(
+                f"{text.partition(':')[0]} asks two networks, and one was given; give the other as Sampling's second, "
+                "or run both with `passes.solvers.sample`"
             )
         return text, table
 
@@ -153,6 +173,8 @@ class Looping:
             "latents": list(plan.latents),
             "conditions": [c.name for c in plan.conditions],
             "shared": [s.name for s in plan.shared],
+            "networks": 1 if plan.which is None else 2,
+            "beside": plan.beside is not None,
             "cache": None if cache is None else dict(cache),
             "state": [{**s, "name": s["name"] + b} for b in names.BRANCHES[: plan.calls] for s in state],
         }
@@ -185,12 +207,21 @@ def plan_of(
             f"output {made[0].name!r} has sizes {found} and input {sample.name!r} {sample.shape}; a solver needs a "
             "prediction of the sample's own sizes"
         )
-    rest = [s for s in by_name.values() if s not in (sample, time)]
+    which = by_name.get(names.WHICH) if sampling.second is not None else None
+    beside = by_name.get(BESIDE) if which is not None else None
+    if beside is not None and beside.shape != sample.shape:
+        raise UsageError(f"input {BESIDE!r} has sizes {beside.shape} and {sample.name!r} {sample.shape}; they are one")
+    rest = [s for s in by_name.values() if s not in (sample, time, which, beside)]
     scale = next((s for s in rest if s.name in SCALES), None)
     size = sample.shape[0]
     conditions = tuple(s for s in rest if s is not scale and s.shape[:1] == (size,))
     shared = tuple(s for s in rest if s is not scale and s not in conditions)
     form = sampling.form or _plainest(sampling, scale, conditions, size)
+    if which is not None and form in ("batched", "sequential"):
+        raise UsageError(
+            f"{form} guidance would guide the second network's answer as well; take guidance 1, and guide with the "
+            "solver's weight"
+        )
     if form in ("batched", "sequential") and not conditions:
         raise UsageError(
             f"guidance needs an input to leave out, and the network has none beside {sample.name!r} and time"
@@ -225,6 +256,8 @@ def plan_of(
         conditions,
         shared,
         scale,
+        which=which,
+        beside=beside,
     )
 
 

@@ -94,6 +94,13 @@ class Caching:
         known = bool(inputs) and len(sizes) == len(inputs[0].shape) - 1
         check_fits(self.calibration, model if model in names() else None, None, (1, *sizes) if known else None)
 
+    def check_calls(self, calls: int) -> None:
+        """Refuse a calibration of another number of calls than a run of the engine makes."""
+        from hasten.backends.calibrate_file import check_fits
+
+        if self.calibration is not None:
+            check_fits(self.calibration, steps=calls)
+
     def describe(self, found: Found[Any], state_bytes: int, report: Report) -> dict[str, Any]:
         """What was done, for the manifest; one line of it goes into the report as well."""
         kept = f"form {self.form}, state {state_bytes / 1e6:.3g} MB"

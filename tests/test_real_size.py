@@ -42,3 +42,25 @@ def test_sd15_vae_decoder_is_as_exact_as_eager() -> None:
     assert report["winograd-conv2d"].hits == 31
     assert report.error is not None
     assert report.error <= 1e-5
+
+
+def test_dit_xl_2_jumps_over_its_blocks_on_tensorrt_rtx(tmp_path: Path) -> None:
+    """DiT-XL/2 with a cache that looks at data: one conditional jump, and all 28 blocks behind it."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'hasten[tensorrt-rtx]'")
+    engine = hasten.build(
+        "dit-xl-2",
+        target="tensorrt-rtx:sm89",
+        out=tmp_path / "dit",
+        dtype="bfloat16",
+        cache="teacache:threshold=0.2,coefficients=1/0",
+    )
+    assert engine.manifest.cache is not None
+    assert engine.manifest.cache["share"] > 0.99
+    audit = engine.manifest.cache["programs"]["step"]["audit"]
+    assert audit["stream_capturable"] is False
+    counts, behind = audit["counts"], audit["behind_jumps"]
+    assert counts["cjmp"] == 1
+    assert counts["gemm_mha"] == behind["gemm_mha"] == 28
+    # Outside are the patches' convolution, the first block's modulation, which is looked at, and the last projection.
+    assert behind["runtime_fusion"] >= 4 * 28
+    assert counts["runtime_fusion"] - behind["runtime_fusion"] <= 8

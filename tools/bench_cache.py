@@ -82,8 +82,11 @@ def _curve(adapter: Adapter, policy: str, args: argparse.Namespace, console: Con
     import tempfile
 
     from hasten.backends.build import build
+    from hasten.backends.step_cache import Caching
     from hasten.passes.steps.catalog import canonical
 
+    if (caching := Caching.of(policy)) is not None:
+        caching.check_calls(args.steps)  # before an engine is built that could not run
     thresholds: Sequence[float | None] = args.thresholds or [None]
     if "threshold=" not in canonical(policy):
         thresholds = [None]

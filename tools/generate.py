@@ -15,7 +15,7 @@ from hasten.tools.arguments import SOLVER_HELP, cache_options, expectations, num
 from hasten.tools.console import Console, duration, table
 from hasten.tools.files import check_folder, replace, replace_text
 from hasten.tools.generate_cached import CachedDenoise, summary
-from hasten.tools.generate_loop import LoopDenoise, sampling_of, table_of
+from hasten.tools.generate_loop import LoopDenoise, is_guided, sampling_of, table_of
 from hasten.tools.grid import write_rows
 from hasten.tools.quality import psnr
 from hasten.tools.timing import Times, take_turns
@@ -34,6 +34,10 @@ EXAMPLES = (
 )
 BASELINE = "baseline (eager PyTorch)"
 AGAINST = ("inductor", "onnxruntime")
+PICARD_HELP = (
+    "window=8: rows of the sampler at once, again and again until they agree (tolerance=0.1, exact=true, "
+    "acceleration=2, processes=2), where that is predicted to be faster (force=true)"
+)
 NO_COMPILER = (
     "there is no C++ compiler here (apt install g++, or set CXX), so the target is onnxruntime:cpu instead of aoti:cpu"
 )
@@ -55,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=target, help="aoti:cpu, or onnxruntime:cpu where there is no C++ compiler")
     parser.add_argument("--steps", type=whole(1), default=25, help="solver steps (default 25)")
     parser.add_argument("--solver", metavar="NAME", help=SOLVER_HELP)
+    parser.add_argument("--picard", type=_picard, metavar="OPTION=VALUE,…", help=PICARD_HELP)
     parser.add_argument("--guidance", type=number, default=2.0, help="classifier-free guidance (default 2; 1: none)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the noise (default 0)")
     parser.add_argument("--count", type=whole(1), default=8, help="pictures or clips (default 8)")
@@ -76,6 +81,16 @@ def _labels(text: str) -> list[int]:
     if not all(w.isdecimal() for w in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of classes, as in 0,5,10")
     return [int(w) for w in words]
+
+
+def _picard(text: str) -> str:
+    from hasten.tools.generate_picard import request
+
+    try:
+        request(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _against(text: str) -> tuple[str, ...]:
@@ -112,6 +127,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     labels = [labels[i % len(labels)] for i in range(args.count)]
     folder = check_folder(args.output)
     chosen = _target(args.target, console)
+    if is_guided(get(args.model), args.solver, args.steps):
+        args.guidance = 1.0  # the network is told no class
+    if args.picard is not None:
+        from hasten.tools import generate_picard
+
+        return generate_picard.run(args, get(args.model), labels, chosen, folder, console)
     network_batch = args.count * (1 if args.guidance == 1 else 2)
     adapter = dataclasses.replace(get(args.model), batch=network_batch)
     module = adapter.module()
@@ -124,13 +145,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     _time(contenders, adapter, args.repeat, console)
     cache = _cache(optimised, adapter, labels, args)
     document = _document(contenders, args, labels, chosen, report, cache, build_seconds)
-    results = folder / f"{args.model}.json"
-    shown = _write_pictures(contenders[:2], [classes[n] for n in labels], folder / args.model)
-    document["outputs"] = [str(path) for path in (*shown, results, folder / args.model)]
-    import json
-
-    replace_text(results, json.dumps(document, indent=2, allow_nan=False) + "\n")
-    console.document(document)
+    document["outputs"] = [str(folder / args.model)]
+    write(contenders[:2], [classes[n] for n in labels], document, folder, console)
     _show(contenders, document, console)
     return 0
 
@@ -161,7 +177,10 @@ def _optimised(
                 raise UsageError(f"--{name}: for engines; take --target aoti:cpu or onnxruntime:cpu")
         return _compiled(adapter, "hasten"), {}
     from hasten.backends.build import build
+    from hasten.backends.step_cache import Caching
 
+    if args.solver is None and (caching := Caching.of(args.cache, args.cache_form, args.region)) is not None:
+        caching.check_calls(args.steps)  # before an engine is built that could not run
     out = folder / adapter.name
     with console.progress(f"building {out} for {chosen}") as tell:
         engine = build(
@@ -235,6 +254,7 @@ def _positional(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
 def _generate(
     contenders: Sequence[Contender], adapter: Adapter, labels: Sequence[int], args: argparse.Namespace, console: Console
 ) -> None:
+    from hasten.models.scenes import noisy_classifier
     from hasten.models.scenes.generate import generate
 
     with console.progress("generating") as tell:
@@ -246,6 +266,7 @@ def _generate(
                 contender.pictures = contender.denoise.generate(labels, seed=args.seed)
             else:
                 table = None if args.solver is None else table_of(adapter, args.solver, args.steps)
+                guide = noisy_classifier.guide(len(labels))[0] if is_guided(adapter, args.solver, args.steps) else None
                 contender.pictures = generate(
                     contender.denoise,
                     adapter,
@@ -254,9 +275,23 @@ def _generate(
                     guidance=args.guidance,
                     seed=args.seed,
                     table=table,
+                    guide=guide,
                 )
             if not bool(contender.pictures.isfinite().all()):
                 raise HastenError(f"{contender.label} made pictures with NaN or infinity")
+
+
+def write(
+    contenders: Sequence[Contender], columns: Sequence[str], document: dict[str, Any], folder: Path, console: Console
+) -> None:
+    """Write the pictures and ``document``, which gets their paths before those of its own ``outputs``."""
+    import json
+
+    results = folder / f"{document['model']}.json"
+    shown = _write_pictures(contenders, columns, folder / document["model"])
+    document["outputs"] = [*(str(path) for path in (*shown, results)), *document.get("outputs", ())]
+    replace_text(results, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    console.document(document)
 
 
 def _write_pictures(contenders: Sequence[Contender], columns: Sequence[str], stem: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hasten.errors import UsageError
 from hasten.tools.generate_cached import RUNS
 from hasten.tools.timing import take_turns
 
@@ -28,11 +29,35 @@ def table_of(adapter: Adapter, solver: str, steps: int) -> SolverTable:
 
 
 def sampling_of(adapter: Adapter, solver: str, steps: int, guidance: float) -> Sampling:
-    """What the engine is built for: noise comes from outside, so that a baseline is given the same."""
-    from hasten.backends.sampling import Sampling
+    """What the engine is built for: noise comes from outside, so that a baseline is given the same.
 
-    noise = "input" if table_of(adapter, solver, steps).noisy else "none"
-    return Sampling(solver=solver, steps=steps, guidance=guidance, noise=noise)
+    A solver that asks a guide is given that of `noisy_classifier`, and ``guidance`` is left aside.
+    """
+    from hasten.backends.sampling import Sampling, Second
+
+    table = table_of(adapter, solver, steps)
+    noise = "input" if table.noisy else "none"
+    if not table.network.any():
+        return Sampling(solver=solver, steps=steps, guidance=guidance, noise=noise)
+    from hasten.models.scenes import noisy_classifier
+
+    second = Second(*noisy_classifier.guide(adapter.batch))
+    return Sampling(solver=solver, steps=steps, noise=noise, second=second)
+
+
+def is_guided(adapter: Adapter, solver: str | None, steps: int) -> bool:
+    """Whether a solver asks a guide, which only the model has that the guide was trained beside."""
+    from hasten.models.scenes.noisy_classifier import MODEL
+
+    table = None if solver is None else table_of(adapter, solver, steps)
+    if table is None or not table.network.any():
+        return False
+    if table.conditioned or adapter.name != MODEL:
+        raise UsageError(
+            f"--solver {solver}: it asks a second network, and the one that is bundled is the guide of {MODEL}, for "
+            "ltsp, stsp and guided; take one of them with that model, or another solver"
+        )
+    return True
 
 
 class LoopDenoise:
@@ -68,20 +93,27 @@ class LoopDenoise:
         import torch
 
         label = torch.as_tensor(labels, dtype=torch.int64)
-        (name,) = self.sampler.loop["conditions"]
+        name, *guide = self.sampler.loop["conditions"]
+        if guide:  # the network is told no class, and the guide which
+            told = self.subject.condition(torch.full_like(label, self.subject.null_class))
+            return {name: told, guide[0]: label}
         given = {name: self.subject.condition(label)}
         if self.sampler.loop["guidance"] != "none":
             given["negative_" + name] = self.subject.condition(torch.full_like(label, self.subject.null_class))
         return given
 
     def one_row(self, *, computed: bool = True) -> Callable[[], object]:
-        """One step of the loop as a call of the engine: the second row of a run, computed or reused."""
-        cached, rows = self.sampler.loop["cache"] is not None, len(self.sampler.table())
+        """One step of the loop as a call of the engine: the second row of a run, computed or reused.
+
+        Where a guide is asked between, it is the first row behind the first that asks the network.
+        """
+        table = self.sampler.table()
+        cached, rows = self.sampler.loop["cache"] is not None, len(table)
         mask = ("11" if computed else "10") + "1" * max(rows - 2, 0)
         run = self.begin([0] * self.sampler.latents_shape[0], mask=mask[:rows] if cached else None)
-        first = min(1, rows - 1)
+        first = next((i for i in range(1, rows) if table.network[i] == 0), 0)
         if first:
-            run.advance()
+            run.advance(first)
         return lambda: run.call(first, first + 1)
 
     def report(self, labels: Sequence[int], seed: int, repeat: int) -> dict[str, Any]:

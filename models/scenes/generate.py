@@ -59,6 +59,7 @@ def generate(
     guidance: float = 2.0,
     seed: int = 0,
     table: SolverTable | None = None,
+    guide: Denoise | None = None,
     device: torch.device | str = "cpu",
     callback: Callable[[int, float, torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
@@ -67,6 +68,9 @@ def generate(
     Classifier-free guidance (Ho & Salimans, 2207.12598): the network sees a batch of 2 B, first with the labels and
     then without, and ``f = f_without + guidance * (f_with - f_without)``. At guidance 1 it sees the labelled half
     alone. ``table`` is the solver's, the model's plain one (`solver`) unless given.
+
+    Classifier guidance: ``guide`` returns ``grad_x log p(labels | x)`` for tables that ask it (LTSP, STSP, guided), as
+    `noisy_classifier.guide` does, and the network is told no class at all; ``guidance`` is then left aside.
     """
     spec = _specification(adapter)
     drawn = subject(spec)
@@ -75,8 +79,8 @@ def generate(
         raise UsageError(
             f"generate: labels are a list of numbers from 0 to {len(drawn.classes) - 1}; {labels} was given"
         )
-    guided = guidance != 1
-    condition = drawn.condition(torch.cat([label, torch.full_like(label, drawn.null_class)]) if guided else label)
+    guided, untold = guidance != 1 and guide is None, torch.full_like(label, drawn.null_class)
+    condition = drawn.condition(torch.cat([label, untold]) if guided else label if guide is None else untold)
 
     def predict(x: torch.Tensor, time: float) -> torch.Tensor:
         x = torch.cat([x, x]) if guided else x
@@ -87,10 +91,15 @@ def generate(
         with_label, without = prediction.chunk(2)
         return without + guidance * (with_label - without)
 
+    def gradient(x: torch.Tensor, time: float) -> torch.Tensor:
+        assert guide is not None
+        return guide(x, torch.full((len(x),), time, dtype=torch.float32, device=device), label)
+
     table = table or solver(adapter, steps)
     first, *later = (z.to(device) for z in _noise(adapter, len(label), seed, 1 + len(table.noisy)))
     with torch.no_grad():
-        latents = sample(predict, table, first, noise=later, callback=callback)
+        networks = [predict, gradient] if guide is not None and table.network.any() else predict
+        latents = sample(networks, table, first, noise=later, callback=callback)
     return drawn.pixels(latents, spec["unshuffle"]).clamp(-1, 1).cpu()
 
 

@@ -59,7 +59,8 @@ def loss_at(model: torch.nn.Module, spec: dict[str, Any], step: int, batch: int)
     """Compute the training loss on batch number ``step``: a function of the weights and that number only."""
     rng = torch.Generator().manual_seed(step)
     drawn = subject(spec)
-    shift, options = spec.get("shift", 1), {}
+    shift: float = spec.get("shift", 1)
+    options: dict[str, bool] = {}
     if spec.get("stills") and step % 4:
         # Averaged over F frames, noise is sqrt(F) times smaller: that much of a clip's shift is due to its frames.
         frames = spec["config"]["video_length"]
@@ -89,7 +90,8 @@ def loss_at(model: torch.nn.Module, spec: dict[str, Any], step: int, batch: int)
 
 def _optimizers(model: torch.nn.Module, spec: dict[str, Any], rate: float) -> list[torch.optim.Optimizer]:
     """Return AdamW of all parameters, or, with ``"optimizer": "muon"``, Muon of the blocks' matrices beside it."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = spec.get("optimizer") == "muon" and parameter.ndim == 2 and "blocks." in name
         (matrices if inside else others).append(parameter)

@@ -54,16 +54,17 @@ class SolverLoop(nn.Module):
         def going(index: Tensor, *others: Tensor) -> Tensor:
             return index < dict(zip(read, others[carried - 1 :], strict=True))[names.STOP]
 
-        def row(index: Tensor, _: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        def row(index: Tensor, shown: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             own = dict(zip(self.carried, others, strict=False))
             outer = dict(zip(read, others[carried - 2 :], strict=True))
             inner = {name.removeprefix("weight/"): outer[name] for name in weights}
-            following, preview = self._row(outer, inner, index, own)
+            following, preview = self._row(outer, inner, index, own, shown)
             return index + 1, preview, *(following[name] for name in self.carried)
 
-        nothing = torch.zeros_like(held[0][0])
+        # shown before a row has said anything of the clean sample
+        latents = held[0][0].clone()
         _, preview, *end = torch.ops.higher_order.while_loop(
-            going, row, (first, nothing, *held), (*given.values(), *weights.values())
+            going, row, (first, latents, *held), (*given.values(), *weights.values())
         )
         # a loop without rows would return its inputs' own memory
         result = solver_row.finished(given[loop.PREFIX + "output"], end[0], self._painting(given))
@@ -82,16 +83,23 @@ class SolverLoop(nn.Module):
         return found
 
     def _row(
-        self, given: dict[str, Tensor], weights: dict[str, Tensor], index: Tensor, held: dict[str, Tensor]
+        self,
+        given: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        index: Tensor,
+        held: dict[str, Tensor],
+        shown: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One row: what is carried to the next, and the preview."""
         plan, following, predictions, made = self.plan, dict(held), list[Tensor](), dict[str, Tensor]()
         rows = loop.Rows(*(given.get(loop.PREFIX + name) for name in loop.Rows._fields))
-        *picked, seen, sample, time = solver_row.before(plan, rows, index, held[names.STATE], self._painting(given))
+        row = solver_row.before(plan, rows, index, held[names.STATE], self._painting(given))
+        *picked, seen, sample, time, which, beside = row
         for number, branch in enumerate(names.BRANCHES[: plan.calls]):
             fed = {**given, plan.sample.name: sample, plan.time.name: time, names.CACHE + "step": index}
             for c in plan.conditions:
                 fed[c.name] = given[("both_" if plan.doubled else NEGATIVE if number else "") + c.name]
+            fed |= {s.name: t for s, t in ((plan.which, which), (plan.beside, beside)) if s is not None}
             fed |= {name: held[name + branch] for name in self.kept}
             if names.FORCED in given:
                 fed[names.CACHE + "force"] = given[names.FORCED].index_select(0, index.reshape(1))[0]
@@ -113,6 +121,7 @@ class SolverLoop(nn.Module):
             given.get(names.SCALE) if plan.guided else None,
             given.get(names.RESCALE),
             solver_row.noise_of(plan, given.get(names.NOISE, given.get(names.SEED)), index, seen),
+            shown,
         )
         following[names.STATE] = state
         # a loop's body must return memory of its own, laid out as what it was given

@@ -21,6 +21,7 @@ def before(
     """Take row ``index`` () int64: its columns (as `loop.Row`), what is seen, and the network's sample and time.
 
     What is seen is (B, ...) float32; the network's own inputs have its types, and twice the batch where it is doubled.
+    Behind them are the number of the network () int64 and what the second one sees beside, or None.
     """
     picked = (None if column is None else column.index_select(0, index.reshape(1))[0] for column in rows[:-1])
     row = loop.Row(*picked)
@@ -33,7 +34,11 @@ def before(
     time = row.time.to(_dtype(plan.time.dtype))
     if plan.time.shape:
         time = time.reshape(1).expand(1 if plan.time.shape == (1,) else sample.shape[0]).clone()
-    return *row, seen, sample.to(_dtype(plan.sample.dtype)), time
+    which = None if plan.which is None else (row.network + 0.5).to(torch.int64)
+    beside = None
+    if plan.beside is not None:
+        beside = loop.combined(row.condition, state).to(_dtype(plan.beside.dtype))
+    return *row, seen, sample.to(_dtype(plan.sample.dtype)), time, which, beside
 
 
 def after(
@@ -45,10 +50,12 @@ def after(
     scale: Tensor | None,
     rescale: Tensor | None,
     noise: Tensor | None,
+    preview: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The next state, (K, B, ...), and the predicted clean sample, (B, ...), of the network's ``predictions``.
 
-    There is one prediction for each call. ``scale`` and ``rescale`` are (), ``noise`` (B, ...).
+    There is one prediction for each call. ``scale`` and ``rescale`` are (), ``noise`` (B, ...). A row that says nothing
+    of the clean sample leaves ``preview``, the last one's, as it is.
     """
     # networks that learn the variance return it behind the prediction
     channels = seen.shape[1]
@@ -63,7 +70,10 @@ def after(
         prediction = loop.guided(with_condition, without, scale)
         if rescale is not None:
             prediction = loop.rescaled(prediction, with_condition, rescale)
-    return loop.advance(row, state, prediction, noise), loop.predicted_x0(row, seen, prediction)
+    clean: Tensor = loop.predicted_x0(row, seen, prediction)
+    if plan.which is not None:
+        clean = torch.where((row.x0 != 0).any(), clean, preview)
+    return loop.advance(row, state, prediction, noise), clean
 
 
 def spread(scale: Tensor, state: Tensor, dtype: str) -> Tensor:

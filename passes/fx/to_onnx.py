@@ -58,7 +58,16 @@ def _upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _node("UpsampleConv2d", (x, weight, bias), {}, x, shape)
 
 
+def _einsum(equation: str, operands: Sequence[Tensor], path: Sequence[int] | None = None) -> Tensor:
+    """Axes of one operand in another order, as models spell their unpatching: ONNX's Einsum takes no bfloat16."""
+    before, _, after = equation.replace(" ", "").partition("->")
+    if len(operands) == 1 and before.isalpha() and len(set(before)) == len(before) and sorted(before) == sorted(after):
+        return operands[0].permute([before.index(axis) for axis in after])
+    return torch.ops.aten.einsum.default(equation, operands, path=path)
+
+
 _TABLE: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.einsum.default: _einsum,
     torch.ops.hasten.attention.default: _attention,
     torch.ops.hasten.group_norm_act.default: _group_norm_act,
     torch.ops.hasten.geglu.default: _geglu,

@@ -131,10 +131,11 @@ class _Writer:
             return index, force, *before(plan, loop.Rows(*rows), index, state, painting)
 
         forced = self.inputs[FORCED] if CACHE + "force" in self.given else None
-        index, force, *row, seen, sample, time = self._trace(
+        index, force, *row, seen, sample, time, which, beside = self._trace(
             nodes, "before", before, tuple(rows), self.inputs[FIRST], iteration, held[STATE], self.painting, forced
         )
         fed = {plan.sample.name: sample.name, plan.time.name: time.name, CACHE + "step": index.name}
+        fed |= {s.name: v.name for s, v in ((plan.which, which), (plan.beside, beside)) if s is not None}
         if force is not None:
             fed[CACHE + "force"] = force.name
         calls = list[dict[str, Value]]()
@@ -160,12 +161,14 @@ class _Writer:
             rescale: Any,
             z: Any,
             index: Any,
+            shown: Any,
             decisions: Any,
             computed: Any,
         ) -> Any:
             from hasten.passes.fx.solver_row import after, noise_of, noted
 
-            made = after(plan, loop.Row(*row), state, seen, predictions, scale, rescale, noise_of(plan, z, index, seen))
+            noise = noise_of(plan, z, index, seen)
+            made = after(plan, loop.Row(*row), state, seen, predictions, scale, rescale, noise, shown)
             return *made, None if computed is None else noted(plan, decisions, computed, index)
 
         scale = self.inputs.get(SCALE) if plan.guided else None
@@ -182,6 +185,7 @@ class _Writer:
             self.inputs.get(RESCALE),
             noise,
             index,
+            held[PREVIEW],
             held.get(DECISIONS),
             calls[0].get(COMPUTED),
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 from hasten.errors import UsageError
 from hasten.passes.solvers.caf import caf
-from hasten.passes.solvers.catalog import Entry
+from hasten.passes.solvers.catalog import Entry, parse
+from hasten.passes.solvers.classifier_guidance import classifier_guided
 from hasten.passes.solvers.ddim import ddim
 from hasten.passes.solvers.deis import deis
 from hasten.passes.solvers.diffusion_grid import DPM as DPM_LEVELS
@@ -176,6 +177,12 @@ def _flow_euler(process: Process, steps: int, **given: Any) -> SolverTable:
     return flow_euler(steps, prediction=process.prediction, train_steps=process.train_steps, **given)
 
 
+def _guided(process: Process, steps: int, *, solver: str, weight: float) -> SolverTable:
+    name, _, options = solver.partition(":")
+    inner = parse(f"{name}:{options.replace('/', ',')}")
+    return classifier_guided(inner.build(process, steps), process, weight)
+
+
 DPM_OPTIONS = {
     "order": order(3, 2),
     "form": Option("text", "which integral: of x0, of eps, or either with fresh noise", "data", choices=FORMS),
@@ -243,6 +250,14 @@ SPLITTING = {
 _SPLIT: dict[str, Any] = {"takes_compat": False, "starts_late": False}
 LTSP = _entry("Wizadwongsa & Suwajanakorn: denoiser, then guide", ltsp, KARRAS_GRID, SPLITTING, **_SPLIT)
 STSP = _entry("the same: half of the guide, denoiser, half", stsp, KARRAS_GRID, SPLITTING, **_SPLIT)
+GUIDED = Entry(
+    "Dhariwal & Nichol: any solver of one network, whose eps a guide moves",
+    {
+        "solver": Option("text", "which: NAME, or NAME:OPTION=VALUE/OPTION=VALUE", "ddim:spacing=trailing/compat=none"),
+        "weight": SPLITTING["weight"],
+    },
+    _guided,
+)
 CAF = Entry(
     "Park et al.: a network for the velocity, asked once, and one for the acceleration",
     {

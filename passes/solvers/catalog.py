@@ -33,6 +33,7 @@ _SOLVERS: Mapping[str, str] = {
     "flow-euler": "builders:FLOW_EULER",
     "ltsp": "builders:LTSP",  # two networks: the denoiser and a guide
     "stsp": "builders:STSP",
+    "guided": "builders:GUIDED",  # a solver of one network, and a guide beside it
     "caf": "builders:CAF",  # two networks: velocity and acceleration
 }
 
@@ -46,6 +47,8 @@ PRESETS: Mapping[str, str] = {
     "dpm++2s": "dpm-singlestep:order=2,form=data",
     "dpm++3s": "dpm-singlestep:order=3,form=data",
     "flow-heun": "heun",
+    "ltsp4": "ltsp:order=4",
+    "stsp4": "stsp:order=4",
 }
 """Names in common use, and what they stand for; further options go after them as usual."""
 

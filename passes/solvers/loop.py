@@ -28,7 +28,8 @@ class Rows(NamedTuple):
     ``time`` (R,) is what the network is fed, ``input`` (R, K) forms its input, ``carry`` (R, K, K), ``gain`` (R, K) and
     ``kick`` (R, K) make the next state of the state, the prediction and the noise; ``x0`` (R, 2) makes the predicted
     clean sample of input and prediction; ``level`` (R, 2) is the signal and noise level of the network's input, for
-    inpainting; ``output`` (K,) forms the result.
+    inpainting; ``network`` (R,) numbers the network that is asked, and ``condition`` (R, K) forms its second input, in
+    loops of two networks; ``output`` (K,) forms the result.
     """
 
     time: Array
@@ -38,13 +39,16 @@ class Rows(NamedTuple):
     kick: Array
     x0: Array
     level: Array
+    network: Array
+    condition: Array
     output: Array
 
 
 class Row(NamedTuple):
     """One row of `Rows`.
 
-    ``time`` (), ``input`` (K,), ``carry`` (K, K), ``gain`` and ``kick`` (K,), ``x0`` and ``level`` (2,).
+    ``time`` and ``network`` (), ``input`` and ``condition`` (K,), ``carry`` (K, K), ``gain`` and ``kick`` (K,), ``x0``
+    and ``level`` (2,).
     """
 
     time: Array
@@ -54,6 +58,8 @@ class Row(NamedTuple):
     kick: Array
     x0: Array
     level: Array
+    network: Array
+    condition: Array
 
 
 def padded(
@@ -63,11 +69,14 @@ def padded(
     *,
     time_scale: float = 1.0,
     levels: npt.NDArray[np.float64] | None = None,
+    networks: int = 1,
+    conditioned: bool = False,
 ) -> Rows:
     """Fold ``table`` and round it to float32, padded to ``rows`` and ``history``.
 
     ``time_scale`` multiplies the times: 0.001 for networks that want them from 0 to 1. ``levels`` (M, 2) go into
-    ``level``, zeros unless given. `UsageError` for a table that is larger.
+    ``level``, zeros unless given. ``networks`` is how many the loop has, ``conditioned`` whether the second of them has
+    a second input. `UsageError` for a table that is larger, or asks a network that is not there.
     """
     if len(table) > rows:
         raise UsageError(
@@ -79,11 +88,19 @@ def padded(
             f"the solver carries {table.width} latents and the loop has room for {history}; take another solver, or "
             f"build it with history={table.width}"
         )
-    if table.network.any() or table.condition.any():
-        raise UsageError("the solver calls a second network, and a compiled loop has one; run it with `solvers.sample`")
+    if table.network.max() >= networks:
+        raise UsageError(
+            "the solver calls a second network, and the loop has one; build it with both (Sampling.second), or run "
+            "both with `solvers.sample`"
+        )
+    if table.condition.any() and not conditioned:
+        raise UsageError(
+            "the solver gives the second network a second input, and the loop's has none; build it with one that has "
+            "an input 'velocity'"
+        )
     folded = table.fold()
 
-    def pad(values: npt.NDArray[np.float64], *shape: int) -> npt.NDArray[np.float32]:
+    def pad(values: npt.NDArray[Any], *shape: int) -> npt.NDArray[np.float32]:
         wide = np.zeros(shape, np.float32)
         wide[tuple(slice(n) for n in values.shape)] = values
         return wide
@@ -96,13 +113,23 @@ def padded(
         kick=pad(folded.C, rows, history),
         x0=pad(folded.clean, rows, 2),
         level=pad(np.zeros((0, 2)) if levels is None else levels, rows, 2),
+        network=pad(folded.network, rows),
+        condition=pad(folded.condition, rows, history),
         output=pad(folded.output, history),
     )
 
 
 def network_input(row: Row, state: Array) -> Array:
     """What the network sees, (B, ...)."""
-    return _dot(row.input, state)
+    return combined(row.input, state)
+
+
+def combined(weights: Array, state: Array) -> Array:
+    """``weights`` (K,) of the latents added up, (B, ...)."""
+    total = weights[0] * state[0]
+    for k in range(1, len(state)):
+        total = total + weights[k] * state[k]
+    return total
 
 
 def advance(row: Row, state: Array, prediction: Array, noise: Array | None) -> Array:
@@ -127,7 +154,7 @@ def blended(mask: Array, inside: Array, outside: Array) -> Array:
 
 def result(output: Array, state: Array) -> Array:
     """The latents that a state stands for after the last row, (B, ...)."""
-    return _dot(output, state)
+    return combined(output, state)
 
 
 def guided(with_condition: Array, without: Array, scale: Array) -> Array:
@@ -149,13 +176,6 @@ def _deviation(x: Array) -> Array:
     centred = flat - flat.mean(1).reshape(-1, 1)
     # a constant prediction has no deviation, and must not become NaN
     return ((centred * centred).mean(1) + 1e-20).reshape(-1, *[1] * (x.ndim - 1)) ** 0.5
-
-
-def _dot(weights: Array, state: Array) -> Array:
-    total = weights[0] * state[0]
-    for k in range(1, len(state)):
-        total = total + weights[k] * state[k]
-    return total
 
 
 def _column(weights: Array, state: Array) -> Array:

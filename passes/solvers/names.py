@@ -15,6 +15,8 @@ RESULT, PREVIEW = "latents", "preview"
 NEXT = "next_"
 CACHE = "cache_"
 FORCED, DECISIONS = CACHE + "forced", CACHE + "mask"
+WHICH = "which_network"
+"""The input of two networks in one that says which is asked, () int64."""
 BRANCHES = ("", "_negative")
 """What tells the calls of one row apart in the names of what they keep."""
 
@@ -44,11 +46,15 @@ def inputs(plan: LoopPlan, kept: Sequence[Shaped], controls: Sequence[Shaped]) -
     if plan.inpaint:
         found += [Shaped(MASK, "float32", (plan.batch, 1, *plan.latents[2:]))]
         found += [Shaped(name, "float32", plan.latents) for name in (KNOWN, KNOWN_NOISE)]
-    columns = Rows((r,), (r, k), (r, k, k), (r, k), (r, k), (r, 2), (r, 2), (k,))._asdict()
+    columns = Rows((r,), (r, k), (r, k, k), (r, k), (r, k), (r, 2), (r, 2), (r,), (r, k), (k,))._asdict()
     if plan.noise == "none":
         del columns["kick"]
     if not plan.inpaint:
         del columns["level"]
+    if plan.which is None:
+        del columns["network"]
+    if plan.beside is None:
+        del columns["condition"]
     found += [Shaped(TABLE + name, "float32", shape) for name, shape in columns.items()]
     if controls or kept:
         found += [Shaped(FORCED, "int64", (r,)), Shaped(DECISIONS, "int64", (r,))]

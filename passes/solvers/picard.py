@@ -6,7 +6,7 @@ fewer calls; it pays where a call on many rows costs little more than on one: on
 
 The window's first state is exact, so each sweep makes one more exact and M sweeps are enough for M rows. The state may
 have several latents: those that hold the past follow the recurrence of the table, so a multistep method keeps its order
-across the window's start.
+across the window's start. `Anderson` makes better guesses of a window from several sweeps (ParaTAA).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from hasten.errors import UsageError
 from hasten.passes.solvers.hooks import Hook
+from hasten.passes.solvers.picard_anderson import Anderson
 from hasten.passes.solvers.picard_rows import transport, unit_change
 from hasten.passes.solvers.sample import check_call, combined, hooked_step, network_input, step, typed_like, widened
 from hasten.passes.solvers.table import SolverTable
@@ -49,6 +50,7 @@ def picard(
     noise: Sequence[Array] | None = None,
     hook: Hook | None = None,
     unit: Sequence[float] | None = None,
+    acceleration: int = 0,
 ) -> Picard:
     """Sample what `sample` does from unit noise ``x`` (B, ...), with ``window`` rows in one call of ``denoise(y, t)``.
 
@@ -57,11 +59,16 @@ def picard(
     ``tolerance ** 2 * unit``, in every sample; ParaDiGMS uses 0.1. ``unit`` (M,) are variances of the rows' inputs, by
     default those that `unit_change` reads off the table. ``tolerance=0`` waits until nothing changes, and is `sample`
     to the last bit if the network answers a batch as it answers its parts. A change that is not a number has not
-    settled; it lasts only where `sample` would meet it as well. `UsageError` for what cannot be meant.
+    settled; it lasts only where `sample` would meet it as well. ``acceleration`` is the number of earlier sweeps that
+    guesses are made from, 0 for none and 2 to 4 in use, each of which is kept in memory; the result converges to the
+    same. `UsageError` for what cannot be meant.
     """
     networks = [denoise] if callable(denoise) else list(denoise)
     check_call(table, len(networks), 0 if noise is None else len(noise))
     allowed = _allowed(table, x, window, tolerance, unit)
+    if acceleration < 0:
+        raise UsageError(f"picard: acceleration is {acceleration}; it counts earlier sweeps, 0 for none")
+    anderson = Anderson(acceleration) if acceleration else None
     moved, rows = transport(table), table if hook else table.fold()
     kicks = dict(zip(table.noisy, noise if noise is not None else (), strict=True))
     wide = widened(x)
@@ -80,7 +87,11 @@ def picard(
                 after = [s + combined(weights, change) for s, weights in zip(after, moved[i], strict=True)]
             found.append(after)
         shift = _shift(rows, span, found[1:], states[1:], allowed)
-        begin, states = begin + shift, found[shift:] + [found[-1]] * shift
+        guessed = found
+        if anderson is not None and shift < len(span):
+            left = slice(shift + 1, len(span) + 1)
+            guessed = [*found[: shift + 1], *anderson.guess(span[shift:], states[left], found[left], _on_host)]
+        begin, states = begin + shift, guessed[shift:] + [guessed[-1]] * shift
         sweeps, evaluations, critical = sweeps + 1, evaluations + len(span), critical + calls
     return Picard(combined(table.output, states[0]), sweeps, evaluations, critical)
 
@@ -148,8 +159,7 @@ def _shift(
         else:
             change = combined(seen_by[i], state) - combined(seen_by[i], was)
             sizes.append((change * change).reshape(len(change), -1).mean(1))
-    # One transfer from the device a sweep.
-    values = np.asarray(_joined(sizes).tolist()).reshape(len(sizes), -1)
+    values = _on_host(sizes).reshape(len(sizes), -1)
     limits = np.array([*(0.0 if allowed is None else allowed[i] for i in span[1:]), np.inf])
     failed = ~(values <= limits[:, None]).all(1)  # NaN fails
     if not failed.any():
@@ -157,6 +167,11 @@ def _shift(
     first = int(failed.argmax())
     # A network that said NaN on the way may not do so once the states before have settled.
     return max(1, first) if np.isnan(values[first]).any() else first + 1
+
+
+def _on_host(arrays: Sequence[Array]) -> Any:
+    """All of them behind one another as one numpy array, in one transfer from the device."""
+    return np.asarray(_joined(arrays).tolist())
 
 
 def _joined(arrays: Sequence[Array]) -> Array:

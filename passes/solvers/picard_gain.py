@@ -59,6 +59,6 @@ def predicted_gain(
         raise UsageError(
             f"picard: {sweeps} sweeps over {window} rows take {sweeps} x {sweep:.3g} s and the plain loop "
             f"{len(table)} x {batch_seconds[1]:.3g} s, so it would be {gain.factor:.2f} times as fast; it pays below "
-            f"{gain.plain / sweep:.1f} sweeps, or with more devices (force=True runs it all the same)"
+            f"{gain.plain / sweep:.1f} sweeps, or with more devices (with force it runs all the same)"
         )
     return gain

@@ -33,6 +33,8 @@ class LoopPlan:
     ``sample`` and ``time`` are the inputs that the loop feeds; ``scale`` the one that takes the guidance scale, if any.
     ``conditions`` are the caller's inputs with a value for each picture, ``shared`` those without. ``inpaint``: the
     loop keeps a given part of the pictures. ``follow``: a second call's step cache does what the first one's did.
+    ``which`` is the input that takes the number of the network, where there are two in one, and ``beside`` the second
+    picture that the second of them sees, if it does.
     """
 
     rows: int
@@ -48,6 +50,8 @@ class LoopPlan:
     shared: tuple[Shaped, ...] = ()
     scale: Shaped | None = None
     follow: bool = False
+    which: Shaped | None = None
+    beside: Shaped | None = None
 
     @property
     def doubled(self) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loop_net import PROCESS
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import hasten
 from hasten.backends.engine import Engine
-from hasten.errors import UsageError
+from hasten.errors import HastenError, UsageError
 
 STEPS = 12
 POLICY = "easycache:threshold=0.5,warmup=2"
@@ -232,6 +235,44 @@ def test_a_calibration_of_another_model_or_size_is_refused(tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"calibration file .* is not JSON"):
         build(Denoiser().eval(), cache=str(path), example_kwargs=calls()[0])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_calibration_of_another_number_of_steps_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    path = tmp_path / "mask.json"
+    content = {"policy": "mask", "options": {"bits": "1010", "granularity": "output"}, "steps": 4}
+    sampling = hasten.Sampling(steps=6, process=PROCESS)
+
+    def build(name: str, sampling: hasten.Sampling) -> Engine:
+        given = {"target": "onnxruntime:cpu", "out": tmp_path / name, "example_kwargs": calls()[0]}
+        return hasten.build(Denoiser().eval(), cache=str(path), sampling=sampling, **given)
+
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"mask\.json is for 4 steps, and the run has 6; run as many, or calibrate"):
+        build("none", sampling)
+    # Heun's solver asks the network twice a step, but for the last.
+    with pytest.raises(UsageError, match="is for 4 steps, and the run has 7"):
+        build("none", replace(sampling, steps=4, solver="heun"))
+    assert not (tmp_path / "none").exists()
+    assert hasten.sampler(build("fits", replace(sampling, steps=4))).engine.manifest.loop is not None
+    path.write_text(json.dumps({**content, "options": {**content["options"], "stretch": "nearest"}}))
+    assert build("stretched", sampling).manifest.loop is not None
+
+
+@pytest.mark.parametrize("target", ["onnxruntime:cpu", "aoti:cpu", "tensorrt-rtx:sm89"])
+def test_a_graph_without_a_region_is_refused_for_every_target(target: str, tmp_path: Path) -> None:
+    if target.startswith("tensorrt"):
+        pytest.importorskip("tensorrt_rtx", reason="pip install 'hasten[tensorrt-rtx]'")
+    given = {"target": target, "out": tmp_path / "none", "example_kwargs": calls()[0]}
+    with pytest.raises(HastenError, match="teacache finds nothing to skip in this graph: no residual stream with"):
+        hasten.build(Denoiser().eval(), cache="teacache:threshold=1,coefficients=1/0", **given)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_graph_without_a_region_is_refused_by_torch_compile() -> None:
+    torch._dynamo.reset()
+    model = torch.compile(Denoiser().eval(), backend="hasten", options={"cache": "first-block:threshold=1"})
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="first-block finds nothing to skip in this graph"):
+        model(**calls()[0])
 
 
 def test_nan_in_an_input_is_refused_and_costs_no_step(engine: Engine) -> None:

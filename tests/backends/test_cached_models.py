@@ -107,6 +107,19 @@ def test_torch_compile_decides_as_the_engine(adapter: Adapter) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 2e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scenes-dit", "scenes-video"])
+def test_a_tensorrt_rtx_plan_jumps_over_all_blocks(name: str, tmp_path: Any) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'hasten[tensorrt-rtx]'")
+    engine = hasten.build(name, target="tensorrt-rtx:sm89", out=tmp_path / "plan", dtype="float16", cache=POLICIES[0])
+    audit = engine.manifest.cache["programs"]["step"]["audit"]  # type: ignore[index]
+    counts, behind = audit["counts"], audit["behind_jumps"]
+    assert counts["cjmp"] == 1
+    assert audit["stream_capturable"] is False
+    assert counts["gemm_mha"] == behind["gemm_mha"] == registry.get(name).expected["attention"]
+    assert counts["runtime_fusion"] - behind["runtime_fusion"] <= 8
+
+
 def test_blocks_that_are_asked_for(adapter: Adapter, tmp_path: Any) -> None:
     engine = hasten.build(
         adapter, target="onnxruntime:cpu", out=tmp_path / "some", cache="mask:1010", region="2:5", cache_form="straight"

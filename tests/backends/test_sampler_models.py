@@ -117,3 +117,28 @@ def test_a_tensorrt_rtx_plan_holds_the_loop(tmp_path: Any, model: str, cache: st
         pytest.skip(audit["reason"])
     assert audit["counts"]["cjmp"] > (2 if cache is not None else 0)
     assert audit["stream_capturable"] is False
+
+
+def test_a_tensorrt_rtx_plan_of_a_real_unet_holds_the_loop(tmp_path: Any) -> None:
+    """SD1.5's UNet in bfloat16: loop, solver, guidance and cache in one plan, built without a GPU and never run."""
+    pytest.importorskip("tensorrt_rtx")
+    adapter = get("sd15-unet")
+    built = hasten.build(
+        adapter,
+        target="tensorrt-rtx:sm89",
+        out=tmp_path / "engine",
+        dtype="bfloat16",
+        cache="easycache:threshold=0.1",
+        sampling=hasten.Sampling(solver="dpm++2m", steps=20, guidance=7.5),
+    )
+    audit = built.manifest.audit
+    assert audit is not None
+    assert audit["layers"]["TRIP_LIMIT"] > 0
+    assert audit["layers"]["CONDITION"] > 0
+    assert audit["peak_bytes"] < 7e9
+    plan = (built.path / built.manifest.artifact).stat().st_size
+    assert plan < 1.1 * 2 * adapter.parameters  # each weight once
+    if not audit["readable"]:
+        pytest.skip(audit["reason"])
+    assert (audit["counts"]["gemm_mha"], audit["counts"]["SiluGnor"]) == (32, 45)
+    assert audit["counts"]["cjmp"] > 2

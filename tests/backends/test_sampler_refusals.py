@@ -103,6 +103,23 @@ def test_a_run_that_is_over(guided: Any) -> None:
         run.advance()
 
 
+def test_diffusers_callback(guided: Any) -> None:
+    """Its shape, its order, the times that the network is told; and latents that it may not change."""
+    seen: list[Any] = []
+
+    def look(pipe: Any, step: int, time: float, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append((pipe, step, time, given["latents"]))
+        return given
+
+    made = guided(**TOLD, callback_on_step_end=look)
+    assert [s[:3] for s in seen] == [(guided, i, t) for i, t in enumerate(guided.table().time.tolist())]
+    assert torch.equal(seen[-1][3], made.latents)
+    assert torch.equal(guided(**TOLD, chunk=4, callback_on_step_end=look).latents, made.latents)
+    assert [s[1] for s in seen[6:]] == [3, 5]
+    with pytest.raises(UsageError, match="callback_on_step_end returned other latents"):
+        guided(**TOLD, callback_on_step_end=lambda *a: {"latents": a[3]["latents"] + 1})
+
+
 class Unconditional(nn.Module):
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return sample * timestep[:, None, None, None]

@@ -44,9 +44,16 @@ main {
   function={ name=__myl_ReshGnorMul fqn=c }
   function={ name=_gemm_mha_v2 fqn=d }
   function={ name=_gemv_mha_v1 fqn=e }
-  cjmp={ a }
+  fully_connected={ name="embedding" }
+  cjmp={ name="a" op=eq target={bb2 bb3 } }
+ label bb2:
   corrltn={ name="conv" }
-  fully_connected={ name="linear" }
+  function={ name=_gemm_mha_v2 fqn=f }
+  jmp={ name="b" target={bb4 } }
+ label bb3:
+  function={ name=__myl_Add fqn=g }
+  jmp={ name="c" target={bb4 } }
+ label bb4:
   runtime_fusion={ name=__myl_FcAdd }
 }
 """
@@ -58,13 +65,22 @@ def test_audit_counts_every_kind():
         "stream_capturable": False,
         "accelerators": ["sm80", "sm89"],
         "counts": {
-            "gemm_mha": 2,
+            "gemm_mha": 3,
             "SiluGnor": 2,
             "Gnor": 1,
             "corrltn": 1,
             "fully_connected": 1,
             "runtime_fusion": 1,
             "cjmp": 1,
+        },
+        "behind_jumps": {
+            "gemm_mha": 1,
+            "SiluGnor": 0,
+            "Gnor": 0,
+            "corrltn": 1,
+            "fully_connected": 0,
+            "runtime_fusion": 0,
+            "cjmp": 0,
         },
     }
 

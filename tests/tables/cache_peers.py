@@ -1,6 +1,7 @@
 """Step caches that others publish, on the bundled models' own weights: diffusers' hooks and cache-dit, in PyTorch.
 
-They are put on the diffusers model itself, eagerly or under ``torch.compile``, with each library's own settings.
+They are put on the diffusers model itself, with each library's own settings, which then runs eagerly, compiled as a
+whole, or with its blocks compiled one by one, as both libraries advise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hasten.models.adapter import Adapter
 from hasten.models.scenes.adapters import load, specification
 
 STEPS = 50
+FORMS = ("eager", "compile", "blocks")
+"""``compile``: ``torch.compile`` of the model. ``blocks``: diffusers' ``compile_repeated_blocks``."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,23 @@ class PeerDenoise:
     ``computed`` says how often the model's last block ran in this run, None where compiled code does not tell.
     """
 
-    def __init__(self, adapter: Adapter, peer: Peer | None, *, compiled: bool = False) -> None:
+    def __init__(self, adapter: Adapter, peer: Peer | None, *, form: str = "eager") -> None:
         self.model = load(adapter.name).eval().requires_grad_(False)
         self.kind = specification(adapter.name)["class"]
         self.calls = 0
         self._time: list[float] = [0.0]
         self.model.now = lambda: self._time[0]  # type: ignore[assignment]
         self._begin = peer.apply(self.model) if peer is not None else lambda: None
-        self.counted = not compiled
+        self.counted = form == "eager"
         if self.counted:
             _last_work(self.model).register_forward_pre_hook(self._count)
         self.flip = peer is not None and peer.method == "FasterCache"
-        self._forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+        self._forward: Callable[..., Any] = torch.compile(self.model) if form == "compile" else self.model
+        if form != "eager":  # models in one process share the hooks' code, which is compiled for each block of each
+            torch._dynamo.config.recompile_limit = 64
+        if form == "blocks":
+            self.model._repeated_blocks = sorted({type(m).__name__ for m in _blocks(self.model)})
+            self.model.compile_repeated_blocks()
 
     @property
     def computed(self) -> int | None:
@@ -72,6 +80,14 @@ class PeerDenoise:
 
     def _count(self, *_: object) -> None:
         self.calls += 1
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What repeats: the blocks of a transformer; a UNet's residual blocks and attentions."""
+    if hasattr(model, "up_blocks"):
+        sides = [*model.down_blocks, model.mid_block, *model.up_blocks]
+        return [m for side in sides for kind in ("resnets", "attentions") for m in getattr(side, kind, None) or ()]
+    return [*model.transformer_blocks, *getattr(model, "temporal_transformer_blocks", ())]
 
 
 def _last_work(model: nn.Module) -> nn.Module:

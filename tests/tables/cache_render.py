@@ -56,7 +56,8 @@ def _model(rows: Sequence[Row], name: str) -> str:
     done = [r for r in own if "gain" in r and "psnr_db" in r]
     first = next((r for r in own if "uncached_accuracy" in r), None)
     right = "" if first is None else f" Every step computed, the classifier names {first['uncached_accuracy']:.1%}."
-    lines = [f"{name}, 50 steps, guidance 2, runs of 8.{right}", ""]
+    batch = 8 if first is None else first.get("batch", 8)
+    lines = [f"{name}, 50 steps, guidance 2, runs of {batch}.{right}", ""]
     lines += [*_levels(done), "", *_best(done), ""]
     lines += [
         "| cache | setting | form | computed | PSNR dB | SSIM | right | of | times as fast | s a run | uncached |",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cache_peers import STEPS, Peer, PeerDenoise, peers
+from cache_peers import FORMS, STEPS, Peer, PeerDenoise, peers
 from cache_settings import Own, ratios, settings
 
 import hasten
@@ -36,8 +36,6 @@ from hasten.models.scenes.subject import subject
 from hasten.tools.generate_cached import CachedDenoise
 from hasten.tools.quality import psnr, ssim
 
-BATCH = 8
-"""Pictures that one run makes; the model sees twice as many, with and without their labels."""
 GUIDANCE, SEED = 2.0, 7
 UNCACHED = Own("every step computed", "", "mask:bits=" + "1" * STEPS, mask="1" * STEPS)
 
@@ -46,7 +44,7 @@ class Bench:
     """One model, its engines by what they were built with, and its noise and labels."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.adapter: Adapter = replace(get(name), batch=2 * BATCH)
+        self.adapter: Adapter = replace(get(name), batch=2 * args.batch)
         self.args = args
         self.folder: Path = args.engines
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +54,7 @@ class Bench:
 
     def engine(self, text: str) -> Any:
         """Built once, then loaded."""
-        key = hashlib.sha256(f"{self.args.target} {BATCH} {text}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"{self.args.target} {self.args.batch} {text}".encode()).hexdigest()[:12]
         out = self.folder / f"{self.adapter.name}-{key}"
         if not out.exists():
             hasten.build(self.adapter, target=self.args.target, out=out, cache=text)
@@ -73,14 +71,14 @@ class Bench:
         return denoise, begin, lambda: denoise.run.mask.count("1")
 
     def peer(
-        self, peer: Peer | None, *, compiled: bool = False
+        self, peer: Peer | None, *, form: str
     ) -> tuple[Callable[..., torch.Tensor], Callable[[], object], Callable[[], int | None]]:
-        denoise = PeerDenoise(self.adapter, peer, compiled=compiled)
+        denoise = PeerDenoise(self.adapter, peer, form=form)
         return denoise, denoise.begin, lambda: denoise.computed
 
     def pictures(self, denoise: Any, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run number ``chunk``, and its labels."""
-        labels = [(5 * (BATCH * chunk + i)) % self.classes for i in range(BATCH)]
+        labels = [(5 * (self.args.batch * chunk + i)) % self.classes for i in range(self.args.batch)]
         made = generate(denoise, self.adapter, labels, steps=STEPS, guidance=GUIDANCE, seed=SEED + chunk)
         return made, torch.tensor(labels)
 
@@ -93,12 +91,9 @@ def contenders(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[dict[st
         for s in settings(name, STEPS, args.calibrations)
     ]
     found = peers(name, ratios(name, args.calibrations))
-    for form in ("eager", "compile"):
+    for form in FORMS:
         rows += [
-            (
-                _cells(name, p.library, p.method, p.setting, form),
-                lambda p=p, form=form: bench.peer(p, compiled=form == "compile"),
-            )
+            (_cells(name, p.library, p.method, p.setting, form), lambda p=p, form=form: bench.peer(p, form=form))
             for p in found
         ]
     for cells, make in rows:
@@ -112,7 +107,7 @@ def _cells(model: str, library: str, method: str, setting: str, form: str) -> di
 
 def quality(bench: Bench, args: argparse.Namespace) -> None:
     """PSNR, SSIM and accuracy of each setting, over ``count`` pictures."""
-    chunks = range(args.count // BATCH)
+    chunks = range(args.count // args.batch)
     path = bench.folder / f"{bench.adapter.name}-uncached-{args.count}.pt"
     if not path.exists():
         denoise, begin, _ = bench.own(bench.uncached)
@@ -125,7 +120,7 @@ def quality(bench: Bench, args: argparse.Namespace) -> None:
     for cells, make in contenders(bench, args):
         if time.monotonic() > stop:
             return
-        if cells["form"] == "compile" or _known(args.jsonl, "quality", cells, args.count):
+        if cells["form"] in FORMS[1:] or _known(args.jsonl, "quality", cells, args.count):
             continue
         try:
             denoise, begin, computed = make()
@@ -135,6 +130,7 @@ def quality(bench: Bench, args: argparse.Namespace) -> None:
             continue
         row = {
             "count": args.count,
+            "batch": args.batch,
             "computed": statistics.mean(c for c in counts if c is not None),
             "psnr_db": psnr(expected, pictures),
             "ssim": ssim(expected, pictures),
@@ -156,7 +152,8 @@ def _run(
 
 
 def _labels(bench: Bench, chunk: int) -> torch.Tensor:
-    return torch.tensor([(5 * (BATCH * chunk + i)) % bench.classes for i in range(BATCH)])
+    batch = bench.args.batch
+    return torch.tensor([(5 * (batch * chunk + i)) % bench.classes for i in range(batch)])
 
 
 def timed(bench: Bench, args: argparse.Namespace) -> None:
@@ -168,7 +165,7 @@ def timed(bench: Bench, args: argparse.Namespace) -> None:
         group, waiting = waiting[: args.group], waiting[args.group :]
         group, back = [w for w in group if w[0]["form"] == form], [w for w in group if w[0]["form"] != form]
         waiting = [*back, *waiting]
-        plain = bench.own(bench.uncached) if form == "engine" else bench.peer(None, compiled=form == "compile")
+        plain = bench.own(bench.uncached) if form == "engine" else bench.peer(None, form=form)
         made: list[tuple[dict[str, Any], Any]] = []
         for cells, make in group:
             try:
@@ -246,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", default="onnxruntime:cpu")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose cells it is found in")
     parser.add_argument("--count", type=int, default=64, help="pictures that quality is judged on")
+    parser.add_argument("--batch", type=int, default=8, help="pictures of one run; the model sees twice as many")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--group", type=int, default=6, help="settings that are timed in turns with one uncached run")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other setting after these")

@@ -58,6 +58,16 @@ def test_wrong_usage(hasten, words, message):
     assert message in done.err
 
 
+@pytest.mark.parametrize("words", [["generate", "scenes-dit", "-o", "made"], ["bench", "scenes-dit"]])
+def test_a_calibration_of_other_steps_is_refused_before_an_engine_is_built(hasten, tmp_path, words):
+    path = tmp_path / "mask.json"
+    path.write_text(json.dumps({"policy": "mask", "options": {"bits": "1010"}, "steps": 4, "model": "scenes-dit"}))
+    done = hasten(*words, "--cache", path, "--steps", "8")
+    assert done.code == 2
+    assert "mask.json is for 4 steps, and the run has 8; run as many, or calibrate this one" in done.err
+    assert "building" not in done.err
+
+
 def test_a_graph_without_a_region(hasten):
     done = hasten("inspect", "scenes-unet", "--cache", POLICY)
     assert done.code == 1

@@ -33,6 +33,18 @@ def test_generate_runs_the_whole_sampler_in_the_engine(hasten: Any, tmp_path: An
     assert manifest["loop"]["noise"] == "input"
 
 
+def test_generate_runs_a_solver_with_a_guide(hasten: Any, tmp_path: Any) -> None:
+    """Two networks in one engine: the baseline's Python loop asks the same two."""
+    solver = "ltsp4:weight=8,spacing=leading,offset=1"
+    done = hasten("generate", "scenes-unet", "-o", tmp_path, "--solver", solver, "--steps", 3, *QUICK)
+    assert done.code == 0, done.err
+    document = json.loads((tmp_path / "scenes-unet.json").read_text())
+    assert document["guidance"] == 1
+    assert document["results"][1]["max_abs_difference"] < 1e-4
+    loop = json.loads((tmp_path / "scenes-unet" / "manifest.json").read_text())["loop"]
+    assert (loop["networks"], loop["conditions"], loop["latents"][0]) == (2, ["class_labels", "guide_labels"], 1)
+
+
 class Net(nn.Module):
     """Two pictures, guided: four samples a call."""
 
@@ -80,6 +92,12 @@ def test_build_puts_an_onnx_model_and_what_it_was_trained_on_into_an_engine(hast
         (["build", "scenes-dit", "--solver", "unipc", "--scheduler", "nowhere.json"], "nowhere.json cannot be read"),
         (["build", "flux-dev-reduced", "--solver", "unipc"], "must know what the network was trained on"),
         (["generate", "scenes-dit", "--solver", "unipk"], "no solver named 'unipk'"),
+        (["generate", "scenes-dit", "--solver", "stsp"], "it is for diffusion; guide a flow's velocity inside"),
+        (
+            ["generate", "scenes-unet", "--solver", "caf"],
+            "the one that is bundled is the guide of scenes-unet, for ltsp",
+        ),
+        (["build", "scenes-unet", "--solver", "stsp"], "stsp asks two networks, and one was given"),
         (["generate", "scenes-dit", "--solver", "unipc", "--target", "inductor:cpu"], "--solver: for engines"),
     ],
 )

@@ -223,3 +223,30 @@ def test_two_bodies_of_one_operator_are_told_apart_by_overload():
     y, z, t = session.run(None, {"x": x, "h": x.astype(np.float16)})
     assert (y == t).all()
     assert np.abs(y - z).max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "op"),
+    [
+        ("nhwpqc->nchpwq", [(2, 3, 4, 2, 2, 5)], "Transpose"),
+        ("ij -> ji", [(3, 4)], "Transpose"),
+        ("iij->ij", [(3, 3, 4)], "Einsum"),
+        ("ij->i", [(3, 4)], "Einsum"),
+        ("ij,kj->ik", [(3, 4), (5, 4)], "Einsum"),
+    ],
+)
+def test_einsum_that_only_moves_axes_is_a_transposition(equation, shapes, op):
+    import torch
+
+    from hasten.passes.fx.to_onnx import onnx_from_graph
+
+    class Product(torch.nn.Module):
+        def forward(self, *operands):
+            return torch.einsum(equation, *operands)
+
+    given = tuple(torch.from_numpy(NORMAL.standard_normal(s).astype(np.float32)) for s in shapes)
+    model = onnx_from_graph(torch.export.export(Product(), given).module(check_guards=False), given, 18)
+    assert op in {node.op_type for node in model.graph.node}
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), given, strict=True)}
+    np.testing.assert_allclose(session.run(None, feeds)[0], Product()(*given).numpy(), rtol=1e-6, atol=1e-6)

@@ -10,6 +10,7 @@ import pytest
 from hasten.errors import UsageError
 from hasten.passes.solvers import catalog
 from hasten.passes.solvers.catalog import PRESETS, build, canonical, default, entry, names, parse
+from hasten.passes.solvers.classifier_guidance import classifier_guided
 from hasten.passes.solvers.ddim import ddim
 from hasten.passes.solvers.flow_euler import flow_euler
 from hasten.passes.solvers.process import Process
@@ -48,6 +49,13 @@ def test_a_table_is_that_of_its_builder():
     assert np.array_equal(built.response(), made.response())
     assert np.array_equal(build("flow-euler", FLOW, 9).response(), flow_euler(9, shift=3.0).response())
     assert np.array_equal(build("flow-euler:shift=5", FLOW, 9).response(), flow_euler(9, shift=5.0).response())
+
+
+def test_a_guided_solver_takes_its_options_with_strokes_between():
+    made = build("guided:weight=2,solver=unipc:order=3/spacing=trailing", V, 5)
+    plain = classifier_guided(build("unipc:order=3,spacing=trailing", V, 5), V, 2.0)
+    assert np.array_equal(made.response(), plain.response())
+    assert build("guided", V, 5).time.tolist() == [t for t in (999, 799, 599, 399, 199) for _ in range(2)]
 
 
 def test_times_and_sigmas_of_the_caller():
@@ -116,6 +124,9 @@ def test_the_catalog_imports_no_torch():
         ("ddim:eta=-1", "ddim: eta: -1 was given; it goes from 0"),
         ("unipc:shift=3", "option shift is for flows, and this model is a diffusion process; leave it out"),
         ("flow-euler", "flow-euler is for flows, and this model is a diffusion process; take euler or ddim"),
+        ("guided:solver=unipk", "no solver named 'unipk'; solvers: .*Did you mean 'unipc'?"),
+        ("guided:solver=unipc:ordr=2", "unipc has no option 'ordr'"),
+        ("guided:solver=stsp", "classifier guidance is for solvers of one network"),
         ("ipndm", "ipndm is for networks that predict v on its own sine schedule; take plms"),
     ],
 )

@@ -126,7 +126,7 @@ def test_ignored_first_prediction():
 
 @pytest.mark.parametrize("name", names())
 def test_compat_is_diffusers_or_none(name):
-    if name == "caf":
+    if name in ("caf", "guided"):
         return
     with pytest.raises(UsageError, match=r"compat: 'diffuser' is none of diffusers, none\. Did you mean 'diffusers'\?"):
         build(f"{name}:compat=diffuser", EPSILON, 5)

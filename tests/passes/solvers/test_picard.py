@@ -295,3 +295,71 @@ def test_no_torch_is_needed():
         "picard(lambda y, t: y, ddim(4), np.ones((1, 2)), window=2, tolerance=0.1); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_accelerated_tolerance_zero_is_the_plain_loop(mixture, solver, window):
+    table = table_of(solver, 12)
+    denoise, noise = perfect(mixture, table, solver), draws(table, mixture.noise.shape)
+    got = picard(denoise, table, mixture.noise, window=window, tolerance=0, noise=noise, acceleration=3)
+    assert np.array_equal(got.result, sample(denoise, table, mixture.noise, noise=noise))
+    assert got.sweeps <= len(table)
+
+
+# Sweeps of plain Picard and with two earlier sweeps, tolerance 1e-3. The plain guesses know how a change travels along
+# the table, which leaves little to an ODE's window and a third to that of a stochastic solver.
+@pytest.mark.parametrize(
+    ("solver", "steps", "window", "plain", "accelerated"),
+    [
+        (DDIM, 50, 50, 9, 7),
+        (DDIM, 200, 128, 11, 9),
+        ("dpm++2m", 200, 128, 12, 11),
+        ("unipc:order=3", 200, 128, 12, 10),
+        ("ddim:eta=1", 50, 32, 18, 14),
+        ("ddim:eta=1", 200, 128, 22, 14),
+    ],
+)
+def test_sweeps_with_acceleration(mixture, solver, steps, window, plain, accelerated):
+    table = table_of(solver, steps)
+    denoise, noise = perfect(mixture, table, solver), draws(table, mixture.noise.shape)
+    options = {"window": window, "tolerance": 1e-3, "noise": noise}
+    exact = sample(denoise, table, mixture.noise, noise=noise)
+    without = picard(denoise, table, mixture.noise, **options)
+    found = picard(denoise, table, mixture.noise, **options, acceleration=2)
+    assert (without.sweeps, found.sweeps) == (plain, accelerated)
+    assert abs(found.result - exact).max() < 2e-4
+
+
+def test_acceleration_is_the_same_in_torch():
+    table = build(DDIM, Process.diffusion(), 12)
+    x = np.random.default_rng(1).normal(size=(3, 2, 4))
+    options = {"window": 6, "tolerance": 1e-3, "acceleration": 2}
+    got = picard(wavy, table, torch.from_numpy(x), **options)
+    wanted = picard(wavy, table, x, **options)
+    np.testing.assert_allclose(got.result.numpy(), wanted.result, rtol=1e-9, atol=1e-9)
+    assert got[1:] == wanted[1:]
+
+
+def test_a_sample_is_accelerated_by_itself(mixture):
+    table = table_of("ddim:eta=1", 30)
+    denoise, noise = perfect(mixture, table), draws(table, mixture.noise.shape)
+    together = picard(denoise, table, mixture.noise, window=30, tolerance=0, noise=noise, acceleration=2)
+    alone = picard(
+        denoise, table, mixture.noise[:1], window=30, tolerance=0, noise=[z[:1] for z in noise], acceleration=2
+    )
+    np.testing.assert_allclose(together.result[:1], alone.result, rtol=1e-12, atol=1e-12)
+
+
+def test_not_a_number_does_not_spread_by_acceleration():
+    table, asked = build(DDIM, Process.diffusion(), 8), []
+
+    def denoise(y, t):
+        asked.append(len(y))
+        said = np.sin(y)
+        if len(asked) in (2, 3):
+            said[-1] = np.nan
+        return said
+
+    got = picard(denoise, table, np.ones((1, 2)), window=8, tolerance=0, acceleration=2)
+    assert np.array_equal(got.result, sample(lambda y, t: np.sin(y), table, np.ones((1, 2))))

@@ -17,7 +17,8 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012}
 DIFFUSION = {p: Process.diffusion(prediction=p, **SD) for p in ("epsilon", "sample", "v_prediction")}
 FLOW = Process.flow(3.0)
 OF_FLOWS = ("flow-euler", "flow-heun", "dpm-solver", "dpm++3m", "dpm++2s", "unipc", "deis", "lms", "euler", "heun")
-OF_DIFFUSION = tuple(n for n in names() if n not in ("flow-euler", "flow-heun", "ipndm", "caf", "ltsp", "stsp"))
+TWO_NETWORKS = ("caf", "guided", "ltsp", "ltsp4", "stsp", "stsp4")
+OF_DIFFUSION = tuple(n for n in names() if n not in ("flow-euler", "flow-heun", "ipndm", *TWO_NETWORKS))
 SMALL = Grid(np.arange(6), *variance_preserving(np.array([9.0, 4.1, 2.3, 1.1, 0.42, 0.21, 0.04])))
 LOG_SNR = SMALL.log_snr
 

@@ -1,0 +1,202 @@
+"""``hasten generate MODEL --picard …``: rows of the sampler at once, where that is predicted to be faster."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import HastenError, UsageError
+from hasten.passes.steps.options import Option, Request, read_all
+from hasten.tools.console import Console, duration
+from hasten.tools.generate_cached import RUNS
+from hasten.tools.quality import psnr
+from hasten.tools.timing import take_turns
+
+if TYPE_CHECKING:
+    from hasten.backends.build import Progress
+    from hasten.backends.engine import Engine
+    from hasten.models.adapter import Adapter
+    from hasten.passes.solvers.picard import Picard
+
+OPTIONS: Mapping[str, Option] = {
+    "tolerance": Option("number", "how much a settled state may change, 0.1 in ParaDiGMS", 0.1, low=0.0),
+    "exact": Option("flag", "wait until nothing changes: the plain loop's result", default=False),
+    "window": Option("integer", "rows at once", 8, low=1),
+    "acceleration": Option("integer", "earlier sweeps that guesses are made from", 0, low=0, high=8),
+    "processes": Option("integer", "processes that share the window", 1, low=1, high=64),
+    "force": Option("flag", "run it where it is predicted to be slower", default=False),
+}
+
+
+def request(text: str) -> Request:
+    """Read ``tolerance=0.1,window=8,…``.
+
+    >>> request("window=4").options["tolerance"]
+    0.1
+    """
+    given = dict[str, str]()
+    for item in text.split(",") if text else ():
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise UsageError(f"picard: option {item!r} is not written key=value")
+        if key in given:
+            raise UsageError(f"picard: option {key!r} is given twice")
+        given[key] = value
+    options = read_all("picard", OPTIONS, given)
+    if options["exact"]:
+        if "tolerance" in given:
+            raise UsageError("picard: exact=true waits until nothing changes, and tolerance is not for it; give one")
+        options["tolerance"] = 0.0
+    elif options["tolerance"] == 0:
+        raise UsageError("picard: tolerance: 0 was given; it is above 0; exact=true makes the plain loop's result")
+    return Request("picard", options)
+
+
+def run(
+    args: argparse.Namespace, adapter: Adapter, labels: list[int], chosen: str, folder: Path, console: Console
+) -> int:
+    """Build, measure, predict, and where it pays: run, compare, write."""
+    import torch
+
+    from hasten.backends.sampler_run import Draw
+    from hasten.models.scenes.adapters import specification
+    from hasten.models.scenes.generate import generate, solver
+    from hasten.models.scenes.subject import subject
+    from hasten.passes.solvers.picard_gain import predicted_gain
+    from hasten.passes.solvers.picard_sweeps import expected_sweeps
+    from hasten.passes.solvers.sample import sample
+    from hasten.tools import generate as verb
+    from hasten.tools.generate_loop import table_of
+    from hasten.tools.picard_team import Network, Settings, team
+
+    asked = request(args.picard)
+    options = asked.options
+    for name, unfit in (("--cache", args.cache is not None), ("--target inductor:cpu", chosen == "inductor:cpu")):
+        if unfit:
+            raise UsageError(f"--picard asks an engine for many rows at once; {name} is not for that, leave one out")
+    found = solver(adapter, args.steps) if args.solver is None else table_of(adapter, args.solver, args.steps)
+    window, processes = min(options["window"], len(found)), options["processes"]
+    samples = -(-window * len(labels) // processes)
+    with console.progress("building the engines of one row and of the window") as tell:
+        one, several = (_built(adapter, n, chosen, folder, args, tell) for n in (len(labels), samples))
+    settings = Settings(
+        engine=str(several.path),
+        model=args.model,
+        samples=samples,
+        labels=tuple(labels),
+        guidance=args.guidance,
+        solver=args.solver,
+        steps=args.steps,
+        window=window,
+        tolerance=options["tolerance"],
+        acceleration=options["acceleration"],
+        processes=processes,
+        threads=max(1, _cores() // processes),
+    )
+    draw = Draw((len(labels), *adapter.inputs[0].shape[1:]), args.seed, None)
+    x, *noise = (draw() for _ in range(1 + len(found.noisy)))
+    with team(settings) as others, torch.no_grad():
+        conditions = others.member.conditions
+        row = Network(one, len(labels), others.member.network.null, args.guidance)
+
+        def denoise(y: torch.Tensor, t: float) -> torch.Tensor:
+            return row(y, torch.full((len(y),), t), conditions)
+
+        with console.progress("measuring one row and the window"):
+            alone, whole = _measured(lambda: denoise(x, float(found.time[0]))), others.measure()
+        sweeps = expected_sweeps(found, window, options["tolerance"], options["acceleration"])
+        # a sweep of the team is one call that waits for another
+        gain = predicted_gain({1: alone, window: whole}, found, window, sweeps, force=options["force"])
+        where = f" in {processes} processes" if processes > 1 else ""
+        console.show(f"{asked}", f"predicted: {sweeps} sweeps over {window} of {len(found)} rows{where}: {gain}")
+        runs: list[Picard] = []
+
+        def picard() -> torch.Tensor:
+            runs.append(others.run(x, noise))
+            return torch.as_tensor(runs[-1].result)
+
+        def plain() -> torch.Tensor:
+            return torch.as_tensor(sample(denoise, found, x, noise=noise))
+
+        with console.progress("generating"):
+            latents = [plain(), picard()]
+            times = take_turns([plain, picard], RUNS)
+    spec = specification(args.model)
+    drawn = subject(spec)
+    named = (f"hasten ({chosen})", f"hasten ({chosen}), Picard")
+    made = dict(zip(named, (drawn.pixels(z, spec["unshuffle"]).clamp(-1, 1) for z in latents), strict=True))
+    with torch.no_grad():
+        eager = generate(adapter.module(), adapter, labels, guidance=args.guidance, seed=args.seed, table=found)
+    pictures = {verb.BASELINE: eager, **made}
+    for name, picture in pictures.items():
+        if not bool(picture.isfinite().all()):
+            raise HastenError(f"{name} made pictures with NaN or infinity")
+    document = {
+        "model": args.model,
+        "target": chosen,
+        "steps": args.steps,
+        "solver": args.solver,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "labels": labels,
+        "picard": {
+            **options,
+            "window": window,
+            "rows": len(found),
+            "predicted_sweeps": sweeps,
+            "sweeps": runs[0].sweeps,
+            "evaluations": runs[0].evaluations,
+            "seconds_of_a_row": alone,
+            "seconds_of_a_window": whole,
+            "predicted_speedup": gain.factor,
+            "seconds": {name: t.as_dict() for name, t in zip(("plain", "picard"), times, strict=True)},
+            "measured_speedup": times[0].median / times[1].median,
+            "psnr_to_plain_db": psnr(*made.values()),
+        },
+        "results": [{"name": name, "psnr_db": psnr(eager, picture)} for name, picture in pictures.items()],
+    }
+    verb.write(
+        [verb.Contender(name, row, picture) for name, picture in pictures.items()],
+        [drawn.classes[n] for n in labels],
+        document,
+        folder,
+        console,
+    )
+    console.show(*_summary(document["picard"]), "", f"wrote {', '.join(document['outputs'])}")
+    return 0
+
+
+def _built(
+    adapter: Adapter, samples: int, chosen: str, folder: Path, args: argparse.Namespace, tell: Progress
+) -> Engine:
+    """An engine of the network for so many samples of the sampler."""
+    from hasten.backends.build import build
+
+    batch = samples * (1 if args.guidance == 1 else 2)
+    out = folder / f"{adapter.name}-batch-{batch}"
+    wide = dataclasses.replace(adapter, batch=batch)
+    return build(wide, target=chosen, out=out, overwrite=True, expect=args.expect, progress=tell)
+
+
+def _measured(call: Callable[[], object]) -> float:
+    """Seconds of a call, the median of a few behind a first that warms up."""
+    call()
+    return take_turns([call], 5)[0].median
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _summary(found: Mapping[str, Any]) -> list[str]:
+    quality = "identical" if found["psnr_to_plain_db"] is None else f"{found['psnr_to_plain_db']:.1f} dB"
+    plain, picard = (found["seconds"][name]["median"] for name in ("plain", "picard"))
+    return [
+        f"took {found['sweeps']} sweeps and {found['evaluations']} evaluations for {found['rows']} rows: "
+        f"{duration(picard)} instead of {duration(plain)}, {found['measured_speedup']:.2f} times as fast "
+        f"({found['predicted_speedup']:.2f} predicted); PSNR to the plain loop: {quality}"
+    ]
