@@ -73,7 +73,7 @@ def test_a_mark_is_reached_by_the_fewest_evaluations() -> None:
 
 
 def test_tables_go_between_their_marks(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    jsonl, page, plot = tmp_path / "rows.jsonl", tmp_path / "page.md", tmp_path / "plot.png"
+    jsonl, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     assert render(jsonl, None, None) == 1
     assert "nothing was measured" in capsys.readouterr().err
     jsonl.write_text("\n".join(map(json.dumps, ROWS)))
@@ -82,7 +82,7 @@ def test_tables_go_between_their_marks(tmp_path: Any, capsys: pytest.CaptureFixt
     assert "has no <!-- solver-quality -->" in capsys.readouterr().err
     names = ("solver-quality", "guided", "caf")
     page.write_text("".join(f"{n}\n<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
-    assert render(jsonl, page, plot) == 0
+    assert render(jsonl, page, None) == 0
     text = page.read_text()
     assert "old" not in text
     assert "| ddim | 5 | more than 5 | 20.0 (5) |" in text
@@ -93,4 +93,11 @@ def test_tables_go_between_their_marks(tmp_path: Any, capsys: pytest.CaptureFixt
     assert "Without a guide, 5 steps: 12.5% of 8 right." in text
     assert "| caf | 50.0% | 21.0 |" in text
     assert "| flow-euler, scenes-dit | 25.0% | 11.0 |" in text
+
+
+def test_plot(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    jsonl, plot = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    jsonl.write_text("\n".join(map(json.dumps, ROWS)))
+    assert render(jsonl, None, plot) == 0
     assert plot.read_bytes()[:4] == b"\x89PNG"
