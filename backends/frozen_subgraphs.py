@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
+from importlib import import_module
 from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +26,13 @@ from torch.fx import GraphModule, Node
 
 Passes = Callable[[GraphModule, Sequence[Any]], None]
 Packed = dict[tuple[Any, ...], torch.Tensor]
+PATCHED = (
+    "freezing:freezing_passes",
+    "pattern_matcher:LoweringPatternEntry.apply",
+    "graph:SubgraphLowering.__init__",
+    "graph:GraphLowering.allocate_non_dup_const_name",
+)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -31,6 +40,14 @@ def frozen_subgraphs() -> Iterator[None]:
     """Freeze loops' bodies and branches in what Inductor compiles meanwhile with ``freezing``."""
     from torch._inductor import freezing, graph, pattern_matcher
 
+    if missing := _missing():
+        logger.warning(
+            "torch %s has no %s: weights inside loops and branches stay as they are, which is right and slower",
+            torch.__version__,
+            ", ".join(missing),
+        )
+        yield
+        return
     passes, lower = freezing.freezing_passes, pattern_matcher.LoweringPatternEntry.apply
     begin, name_constant = graph.SubgraphLowering.__init__, graph.GraphLowering.allocate_non_dup_const_name
 
@@ -57,6 +74,20 @@ def frozen_subgraphs() -> Iterator[None]:
         patch.object(graph.GraphLowering, "allocate_non_dup_const_name", name_once),
     ):
         yield
+
+
+def _missing() -> list[str]:
+    """What of Inductor's own, written for 2.13, this torch does not have."""
+    return [name for name in PATCHED if not _has(name)]
+
+
+def _has(name: str) -> bool:
+    module, _, attribute = name.partition(":")
+    try:
+        attrgetter(attribute)(import_module(f"torch._inductor.{module}"))
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _of_sizes_too(lowering: Callable[..., Any], like: Any) -> Callable[..., Any]:

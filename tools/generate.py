@@ -277,8 +277,13 @@ def _generate(
                     table=table,
                     guide=guide,
                 )
-            if not bool(contender.pictures.isfinite().all()):
-                raise HastenError(f"{contender.label} made pictures with NaN or infinity")
+            check_finite(contender.label, contender.pictures)
+
+
+def check_finite(name: str, pictures: torch.Tensor) -> None:
+    """`HastenError` where what ``name`` made is no picture."""
+    if not bool(pictures.isfinite().all()):
+        raise HastenError(f"{name} made pictures with NaN or infinity")
 
 
 def write(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.errors import HastenError, UsageError
+from hasten.errors import UsageError
 from hasten.passes.steps.options import Option, Request, read_all
 from hasten.tools.console import Console, duration
 from hasten.tools.generate_cached import RUNS
@@ -133,8 +133,7 @@ def run(
         eager = generate(adapter.module(), adapter, labels, guidance=args.guidance, seed=args.seed, table=found)
     pictures = {verb.BASELINE: eager, **made}
     for name, picture in pictures.items():
-        if not bool(picture.isfinite().all()):
-            raise HastenError(f"{name} made pictures with NaN or infinity")
+        verb.check_finite(name, picture)
     document = {
         "model": args.model,
         "target": chosen,

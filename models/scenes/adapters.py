@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from hasten.errors import HastenError, UsageError
+from hasten.errors import UsageError
 from hasten.models.adapter import Adapter
 from hasten.models.dit import DIT
 from hasten.models.family import Family
 from hasten.models.latte import LATTE
+from hasten.models.scenes import weights
 from hasten.models.unet import CLASS
 
 FOLDER = Path(__file__).parent
@@ -78,15 +79,8 @@ def adapter(name: str, *, reduced: bool = False, processor: str = "sdpa") -> Ada
 
 def load(name: str) -> nn.Module:
     """Build the diffusers model with its bundled weights (the mean of the training, float16) in float32."""
-    from safetensors.torch import load_file
-
     model = MODELS[name]
-    path = FOLDER / f"{model.stem}.safetensors"
-    if not path.is_file():
-        raise HastenError(
-            f"{name} has no weights: {path} is missing; "
-            f"train it with `python -m hasten.models.scenes.train {model.stem}`"
-        )
+    tensors = weights.read(FOLDER / f"{model.stem}.safetensors", name, f"hasten.models.scenes.train {model.stem}")
     module = model.family.model_class()(**specification(name)["config"])
-    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    module.load_state_dict(tensors)
     return module

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hasten.errors import HastenError, UsageError
+from hasten.errors import UsageError
 from hasten.models.registry import get
 from hasten.models.scenes.adapters import specification
 from hasten.models.scenes.generate import initial_noise
 from hasten.models.scenes.subject import subject
+from hasten.models.scenes.weights import read
 from hasten.passes.solvers.caf import caf
 from hasten.passes.solvers.sample import sample
 
@@ -92,15 +93,9 @@ def untrained(seed_weights: nn.Module | None = None) -> nn.Module:
 
 def load(weights: Path = WEIGHTS) -> tuple[Velocity, Acceleration]:
     """Return the trained networks in evaluation mode, in float32, without gradients."""
-    from safetensors.torch import load_file
-
-    if not weights.is_file():
-        raise HastenError(
-            f"constant acceleration flow has no weights: {weights} is missing; "
-            "train it with `python -m hasten.models.scenes.train_caf`"
-        )
+    tensors = read(weights, "constant acceleration flow", "hasten.models.scenes.train_caf")
     model = untrained()
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()})
+    model.load_state_dict(tensors)
     model.requires_grad_(False)
     return Velocity(model).eval(), Acceleration(model).eval()
 

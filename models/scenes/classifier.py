@@ -7,7 +7,6 @@ generated picture shows what it was asked to show.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hasten.errors import HastenError
 from hasten.models.scenes.data import COLOURS, SHAPES, render
+from hasten.models.scenes.weights import read, write
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 STEPS, BATCH, RATE = 1500, 64, 3e-3
@@ -46,8 +45,6 @@ class Classifier(nn.Module):
 
 def train(steps: int = STEPS, *, weights: Path = WEIGHTS) -> float:
     """Train from scratch, save, and return the accuracy (shape and colour both right) on held-out scenes."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01)
@@ -64,24 +61,16 @@ def train(steps: int = STEPS, *, weights: Path = WEIGHTS) -> float:
         schedule.step()
         if (step + 1) % 250 == 0:
             print(f"classifier step {step + 1}/{steps} loss {loss.item():.4f}", file=sys.stderr, flush=True)
-    part = weights.with_suffix(".part")
-    save_file(model.state_dict(), part)
-    os.replace(part, weights)
+    write(model.state_dict(), weights)
     images, shape, colour = _batch(2048, seed=HELD_OUT)
     return accuracy(model, images, shape, colour)["both"]
 
 
 def load(weights: Path = WEIGHTS) -> Classifier:
     """Return the trained classifier in evaluation mode."""
-    from safetensors.torch import load_file
-
-    if not weights.is_file():
-        raise HastenError(
-            f"the scenes classifier has no weights: {weights} is missing; "
-            "train it with `python -m hasten.models.scenes.classifier train`"
-        )
+    tensors = read(weights, "the scenes classifier", "hasten.models.scenes.classifier train")
     model = Classifier()
-    model.load_state_dict(load_file(weights))
+    model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hasten.errors import HastenError
 from hasten.models.scenes.adapters import specification
 from hasten.models.scenes.classifier import HELD_OUT
 from hasten.models.scenes.data import CLASSES
 from hasten.models.scenes.subject import subject
+from hasten.models.scenes.weights import halved, read, write
 from hasten.passes.solvers.schedule import alpha_bar
 
 MODEL = "scenes-unet"
@@ -82,8 +82,6 @@ def noisy(count: int, seed: int, times: torch.Tensor | int) -> tuple[torch.Tenso
 
 def train(steps: int = STEPS, *, batch: int = BATCH, weights: Path = WEIGHTS) -> dict[str, Any]:
     """Train from scratch, save in float16, and keep and return the accuracy on held-out scenes by noise level."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     model = NoisyClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.05)
@@ -98,11 +96,9 @@ def train(steps: int = STEPS, *, batch: int = BATCH, weights: Path = WEIGHTS) ->
         schedule.step()
         if (step + 1) % 100 == 0:
             print(f"noisy classifier step {step + 1}/{steps} loss {loss.item():.4f}", file=sys.stderr, flush=True)
-    part = weights.with_suffix(".part")
-    save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, part)
-    os.replace(part, weights)
+    write(halved(model.state_dict()), weights)
     result = {"training_steps": steps, "batch": batch, "count": 1024, "by_time": accuracy(load(weights), 1024)}
-    kept = weights.with_suffix(".json")
+    kept, part = weights.with_suffix(".json"), weights.with_suffix(".part")
     part.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(part, kept)
     return result
@@ -110,15 +106,9 @@ def train(steps: int = STEPS, *, batch: int = BATCH, weights: Path = WEIGHTS) ->
 
 def load(weights: Path = WEIGHTS) -> NoisyClassifier:
     """Return the trained classifier in evaluation mode, in float32."""
-    from safetensors.torch import load_file
-
-    if not weights.is_file():
-        raise HastenError(
-            f"the classifier of noisy scenes has no weights: {weights} is missing; "
-            "train it with `python -m hasten.models.scenes.noisy_classifier train`"
-        )
+    tensors = read(weights, "the classifier of noisy scenes", "hasten.models.scenes.noisy_classifier train")
     model = NoisyClassifier()
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
+    model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 

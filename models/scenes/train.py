@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten.models.scenes import clips
 from hasten.models.scenes.subject import subject
+from hasten.models.scenes.weights import halved, write
 
 HERE = Path(__file__).parent
 LABEL_DROP = 0.1
@@ -151,10 +151,7 @@ def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: in
 
 
 def _write(name: str, mean: dict[str, torch.Tensor], curve: list[list[float]]) -> Path:
-    half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in mean.items()}
-    weights = HERE / f"{name}.safetensors"
-    save_file(half, weights.with_suffix(".part"))
-    os.replace(weights.with_suffix(".part"), weights)
+    weights = write(halved(mean), HERE / f"{name}.safetensors")
     with (HERE / f"{name}_loss.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["step", "loss"], *curve])
     return weights

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,6 +28,7 @@ from hasten.models.registry import get
 from hasten.models.scenes.caf import TEACHER, WEIGHTS, H, backwards, untrained
 from hasten.models.scenes.data import CLASSES
 from hasten.models.scenes.generate import Denoise, generate, initial_noise
+from hasten.models.scenes.weights import halved, write
 from hasten.passes.solvers import catalog
 
 SOLVER, EVALUATIONS, GUIDANCE = "dpm++2m", 12, 2.0
@@ -55,8 +55,7 @@ def pairs(count: int, path: Path, *, denoise: Denoise | None = None) -> dict[str
         made = {"noise": initial_noise(adapter, CHUNK, seed).half(), "picture": picture.half(), "label": label}
         found = {name: torch.cat([found[name], new]) if found else new for name, new in made.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(found, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        write(found, path)
         print(f"pairs {done + CHUNK}/{count}", file=sys.stderr, flush=True)
     return {name: tensor[:count] for name, tensor in found.items()}
 
@@ -120,10 +119,7 @@ def train(
         if (step + 1) % 20 == 0 or step + 1 == steps:
             said = f"velocity {velocity.item():.4f} acceleration {acceleration.item():.4f}"
             print(f"caf step {step + 1}/{steps} {said}", file=sys.stderr, flush=True)
-    half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in mean.items()}
-    save_file(half, weights.with_suffix(".part"))
-    os.replace(weights.with_suffix(".part"), weights)
-    return weights
+    return write(halved(mean), weights)
 
 
 def main(argv: list[str] | None = None) -> int:

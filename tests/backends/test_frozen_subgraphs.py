@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hasten.backends import inductor
+from hasten.backends import frozen_subgraphs, inductor
 
 pytestmark = pytest.mark.skipif(not inductor.have_cxx_compiler(), reason="no C++ compiler")
 WIDTH, TURNS = 96, 3
@@ -107,3 +107,15 @@ def test_weights_are_stored_once(compiled: tuple[Loop, Path]) -> None:
     size = sum(t.nbytes for t in model.state_dict().values())
     stored = sum(int(n) for n in re.findall(r"constants_info_\[\d+\]\.data_size = (\d+)", code(path)))
     assert size <= stored < 1.1 * size
+
+
+def test_another_torch_is_told_and_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._inductor import freezing, pattern_matcher
+
+    monkeypatch.delattr("torch._inductor.graph.GraphLowering.allocate_non_dup_const_name")
+    passes, lower = freezing.freezing_passes, pattern_matcher.LoweringPatternEntry.apply
+    with caplog.at_level("WARNING"), frozen_subgraphs.frozen_subgraphs():
+        assert (freezing.freezing_passes, pattern_matcher.LoweringPatternEntry.apply) == (passes, lower)
+    assert "has no graph:GraphLowering.allocate_non_dup_const_name" in caplog.text

@@ -42,7 +42,7 @@ def test_only_large_mappings_of_packages_are_asked_for(tmp_path):
     maps = tmp_path / "maps"
     maps.write_text(
         "7f0000000000-7f0001000000 r--p 00000000 08:01 11 /usr/lib/libother.so\n"
-        "7f0002000000-7f0002001000 r--p 00000000 08:01 12 /tmp/aotinductor_a/model.wrapper.so\n"
-        "7f0003000000-7f0004000000 rw-p 00000000 08:01 13 /tmp/aotinductor_a/model.wrapper.so\n"
+        "7f0002000000-7f0002001000 r--p 00000000 08:01 12 /run/aotinductor_a/model.wrapper.so\n"
+        "7f0003000000-7f0004000000 rw-p 00000000 08:01 13 /run/aotinductor_a/model.wrapper.so\n"
     )
     assert release_package_pages(maps) == 0
