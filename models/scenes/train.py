@@ -5,7 +5,8 @@ and the video transformer predict the rectified-flow velocity ``noise - image`` 
 2403.03206), the latter with that paper's shift to the noisy end: what eight frames have in common shows through more
 noise than one picture does. Of four of its batches three are of single frames, eight times as many, without temporal
 attention and with the shift due to one: shapes are learned from stills, motion from clips (both, by turns, as Latte's,
-Ma et al., 2401.03048). Its blocks' matrices take orthogonalised steps (Muon, Jordan et al. 2024) of AdamW's size.
+Ma et al., 2401.03048). Its blocks' matrices take orthogonalised steps (Muon, Jordan et al. 2024) of AdamW's size, and
+it has half of its blocks at first (``stacking``).
 
 All keep an exponential moving average of the weights, which is what is saved, in float16, and drop the label for one
 picture in ten so that classifier-free guidance works. Every batch is a function of its step number alone, so a run
@@ -21,7 +22,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten.models.scenes import clips
+from hasten.models.scenes.stacking import stacked
 from hasten.models.scenes.subject import subject
 from hasten.models.scenes.weights import halved, write
 
@@ -36,13 +38,17 @@ HERE = Path(__file__).parent
 LABEL_DROP = 0.1
 
 
-def network(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Build the untrained diffusers module of ``models/scenes/<name>.json``; return it and that file's content."""
+def network(name: str, layers: int | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build the untrained diffusers module of ``models/scenes/<name>.json``; return it and that file's content.
+
+    ``layers`` is its depth where that is not the file's.
+    """
     import diffusers
 
     spec = json.loads((HERE / f"{name}.json").read_text())
     torch.manual_seed(0)
-    return getattr(diffusers, spec["class"])(**spec["config"]), spec
+    config = spec["config"] if layers is None else {**spec["config"], "num_layers": layers}
+    return getattr(diffusers, spec["class"])(**config), spec
 
 
 def squared_cosine_alpha_bar(count: int = 1000, cap: float = 0.999) -> torch.Tensor:
@@ -101,24 +107,64 @@ def _optimizers(model: torch.nn.Module, spec: dict[str, Any], rate: float) -> li
     return [adam, torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
-def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: int) -> Path:
-    """Train to ``steps`` steps, going on from ``run/<name>.pt`` where there is one; return the saved weights' path."""
+def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: int, compiled: bool = False) -> Path:
+    """Train to ``steps`` steps, going on from ``run/<name>.pt`` where there is one; return the saved weights' path.
+
+    A model with ``"stacked": {"layers": n, "until": step}`` has n layers until that step and all of them behind it.
+    """
     torch.set_num_threads(threads)
-    model, spec = network(name)
+    spec = network(name)[1]
+    run.mkdir(parents=True, exist_ok=True)
+    layers = spec["config"].get("num_layers")
+    mean, curve = None, None
+    for stage in _stages(spec, steps):
+        mean, curve = _train(name, stage, steps, batch, rate, run / f"{name}.pt", compiled)
+    assert mean is not None and curve is not None
+    return _write(name, stacked(mean, layers) if layers else mean, curve)
+
+
+class _Stage(NamedTuple):
+    """Steps ``start`` to ``end`` of a training, with ``layers`` blocks (None: the configuration says)."""
+
+    start: int
+    end: int
+    layers: int | None
+
+
+def _stages(spec: dict[str, Any], steps: int) -> list[_Stage]:
+    if "stacked" not in spec:
+        return [_Stage(0, steps, None)]
+    until = spec["stacked"]["until"]
+    shallow = _Stage(0, min(steps, until), spec["stacked"]["layers"])
+    return [shallow, *([_Stage(until, steps, None)] if steps > until else [])]
+
+
+def _train(
+    name: str, stage: _Stage, steps: int, batch: int, rate: float, state: Path, compiled: bool
+) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
+    """Train one stage, or read what a later one left; return the mean of the weights and the curve of the loss."""
+    model, spec = network(name, stage.layers)
     model.eval()  # neither model has dropout; in training mode DiT would drop labels a second time
     mean = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizers = _optimizers(model, spec, rate)
-    done, curve, state = 0, [], run / f"{name}.pt"
-    run.mkdir(parents=True, exist_ok=True)
+    done, curve = stage.start, []
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state_dict in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state_dict)
-        mean, done, curve = saved["mean"], saved["step"], saved["curve"]
+        if saved["step"] >= stage.end:
+            return saved["mean"], saved["curve"]
+        fresh = len(saved["model"]) < len(mean)
+        layers = spec["config"].get("num_layers")
+        model.load_state_dict(stacked(saved["model"], layers) if fresh else saved["model"])
+        mean = stacked(saved["mean"], layers) if fresh else saved["mean"]
+        if not fresh:
+            for optimizer, state_dict in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state_dict)
+        done, curve = saved["step"], saved["curve"]
+    if compiled:
+        model.compile()
     recent: list[float] = []
-    for step in range(done, steps):
-        warm = min(1.0, (step + 1) / 200)
+    for step in range(done, stage.end):
+        warm = min(1.0, (step - stage.start + 1) / 200)
         loss = loss_at(model, spec, step, batch)
         model.zero_grad()
         loss.backward()
@@ -131,10 +177,12 @@ def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: in
             for key, value in model.state_dict().items():
                 mean[key].lerp_(value, 1 - decay)
         recent.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        told = (step + 1) % 100 == 0 or step + 1 == steps
+        if told:
             curve.append([step + 1, float(np.mean(recent))])
             recent = []
             print(f"{name} step {step + 1}/{steps} loss {curve[-1][1]:.4f}", file=sys.stderr, flush=True)
+        if told or step + 1 == stage.end:
             part = state.with_suffix(".part")
             torch.save(
                 {
@@ -147,7 +195,7 @@ def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: in
                 part,
             )
             os.replace(part, state)
-    return _write(name, mean, curve)
+    return mean, curve
 
 
 def _write(name: str, mean: dict[str, torch.Tensor], curve: list[list[float]]) -> Path:
@@ -165,8 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--run", type=Path, default=Path("runs/scenes"), help="where checkpoints go")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="through torch.compile: a fifth faster, needs g++")
     args = parser.parse_args(argv)
-    weights = train(args.model, args.steps, args.batch, args.rate, args.run, args.threads)
+    weights = train(args.model, args.steps, args.batch, args.rate, args.run, args.threads, args.compile)
     print(weights)
     return 0
 

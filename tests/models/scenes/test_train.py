@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hasten.models.scenes import adapters, train
+from hasten.models.scenes import adapters, stacking, train
 from hasten.models.scenes.adapters import specification
 
 SMALL = {
     "unet": {"block_out_channels": [16, 16], "norm_num_groups": 4, "attention_head_dim": 8},
     "dit": {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16},
-    "video": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32},
+    "video": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32},
 }
 
 
@@ -23,6 +23,8 @@ def small(request, tmp_path, monkeypatch):
     name = request.param
     spec = specification(f"scenes-{name}")
     spec["config"].update(SMALL[name])
+    if "stacked" in spec:
+        spec["stacked"] = {"layers": 1, "until": 1}
     (tmp_path / f"{name}.json").write_text(json.dumps(spec))
     monkeypatch.setattr(train, "HERE", tmp_path)
     monkeypatch.setattr(adapters, "FOLDER", tmp_path)
@@ -111,3 +113,47 @@ def test_matrices_of_blocks_take_orthogonalised_steps():
     )
     assert isinstance(muon, torch.optim.Muon)
     assert len(train._optimizers(*train.network("unet"), 1e-3)) == 1
+
+
+def test_a_stacked_network_computes_what_the_shallow_one_did():
+    torch.manual_seed(1)
+    shallow, _ = train.network("video", 2)
+    for parameter in shallow.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    deep, _ = train.network("video", 6)
+    weights = stacking.stacked(shallow.state_dict(), 6)
+    assert (stacking.depth(shallow.state_dict()), stacking.depth(weights)) == (2, 6)
+    deep.load_state_dict(weights)
+    told = (torch.randn(2, 12, 8, 16, 16), torch.tensor([300.0, 700.0]), torch.randn(2, 3, 12))
+    assert torch.equal(shallow(*told).sample, deep(*told).sample)
+    deep(*told).sample.square().mean().backward()
+    new = deep.transformer_blocks[1]
+    assert new.attn1.to_out[0].weight.grad.any()
+    assert new.ff.net[2].weight.grad.any()
+
+
+def test_only_to_a_multiple_of_its_blocks():
+    shallow, _ = train.network("video", 2)
+    for layers in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"a network of 2 blocks was to be stacked to {layers}"):
+            stacking.stacked(shallow.state_dict(), layers)
+
+
+def test_training_goes_on_from_the_shallow_network(tmp_path, monkeypatch):
+    spec = specification("scenes-video")
+    spec["config"].update(SMALL["video"])
+    spec["stacked"] = {"layers": 1, "until": 2}
+    (tmp_path / "video.json").write_text(json.dumps(spec))
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    monkeypatch.setattr(adapters, "FOLDER", tmp_path)
+    options = {"batch": 2, "rate": 1e-3, "run": tmp_path / "run", "threads": 1}
+    train.train("video", 2, **options)
+    kept = torch.load(tmp_path / "run" / "video.pt", weights_only=True)
+    assert (stacking.depth(kept["model"]), kept["step"]) == (1, 2)
+    written = adapters.load("scenes-video").state_dict()
+    assert not written["transformer_blocks.1.ff.net.2.weight"].any()
+    train.train("video", 4, **options)
+    kept = torch.load(tmp_path / "run" / "video.pt", weights_only=True)
+    assert (stacking.depth(kept["model"]), kept["step"]) == (2, 4)
+    assert adapters.load("scenes-video").state_dict()["transformer_blocks.1.ff.net.2.weight"].any()
+    assert [step for step, _ in kept["curve"]] == [2, 4]
