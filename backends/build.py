@@ -7,15 +7,20 @@ manifest.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.backends.choosing import Choosing
+from hasten.backends.decoder import Decoder
 from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
 from hasten.backends.manifest import Manifest, TensorSpec, write_manifest
@@ -118,9 +123,11 @@ def build(
         else:
             device = parsed.device if parsed.backend == "aoti" else "cpu"  # where the examples are run
             job.tell("capture", 0.0)
-            origin = origin_of(kind, source, example_inputs, example_kwargs, dynamic_shapes, dtype, weights, device)
-            job.trained_on(origin.name)
-            manifest = job.from_torch(origin, folder)
+            origins = [origin_of(kind, source, example_inputs, example_kwargs, dynamic_shapes, dtype, weights, device)]
+            job.trained_on(origins[0].name)
+            manifest = job.from_torch(origins, folder)
+        if sampling is not None and sampling.decoder is not None:
+            manifest = job.decoded(manifest, sampling.decoder, folder)
         job.tell("write", 0.95)
         report = {**manifest.report, "seconds": {**manifest.report["seconds"], **job.seconds}}
         write_manifest(folder, replace(manifest, report=report, seconds=sum(job.seconds.values())))
@@ -141,7 +148,9 @@ class _Job:
         choosing: Choosing | None,
         caching: Caching | None,
         sampling: Sampling | None,
+        name: str = "model",
     ) -> None:
+        self.name = name
         self.sampling = sampling
         self.choosing = choosing
         self.caching = caching
@@ -165,6 +174,18 @@ class _Job:
         if self.caching is not None:
             self.caching.check_calls(len(table))
 
+    def decoded(self, manifest: Manifest, decoder: Decoder, folder: Path) -> Manifest:
+        """Build a sampler's decoder by the same rules into ``folder``, and add it to the sampler's manifest."""
+        from hasten.backends import decoder as decoding
+
+        assert manifest.loop is not None
+        self.tell("decoder", 0.8)
+        rules = {key: value for key, value in self.rules.items() if key != "target"} | {"expect": None}
+        job = _Job(self.target, rules, self.options, self.timeout, None, self.choosing, None, None, name=decoding.NAME)
+        device = self.target.device if self.target.backend == "aoti" else "cpu"
+        part = job.from_torch([decoding.origin(decoder, manifest.loop["latents"], device)], folder)
+        return decoding.joined(manifest, part, decoder)
+
     def tell(self, stage: str, fraction: float) -> None:
         """Begin ``stage``."""
         now = time.monotonic()
@@ -174,8 +195,19 @@ class _Job:
         if self.progress is not None:
             self.progress(stage, fraction)
 
-    def from_torch(self, origin: Origin, folder: Path) -> Manifest:
-        """Capture, rewrite and lower a PyTorch source into ``folder``."""
+    def from_torch(self, origins: list[Origin], folder: Path) -> Manifest:
+        """Capture, rewrite and lower a PyTorch source into ``folder``.
+
+        The source is taken out of ``origins``: what was made of it alone is let go before a builder wants the memory.
+        """
+        parts, assemble = self._parts(origins.pop(), folder)
+        _let_go()
+        return assemble({name: finish() for name, finish in parts.items()})
+
+    def _parts(
+        self, origin: Origin, folder: Path
+    ) -> tuple[Mapping[str, Callable[[], Manifest]], Callable[[Mapping[str, Manifest]], Manifest]]:
+        """The source's programs by name, each with what is left to do for it, and how an engine is made of them."""
         from hasten.backends.capture import capture
         from hasten.backends.optimize import optimize
         from hasten.backends.program import dim_names, flatten
@@ -202,15 +234,16 @@ class _Job:
         if self.sampling is not None and self.sampling.second is not None:
             flat = self._with_second(flat, self.sampling.second, report)
         if self.caching is None:
-            return self._lower_graph(flat, report, folder, "model", self._looping(flat.inputs, flat.outputs))
+            looping = self._looping(flat.inputs, flat.outputs)
+            return {"model": self._lower_graph(flat, report, folder, self.name, looping)}, itemgetter("model")
         cached, described = self.caching.apply(flat, report)
         logger.info("%s", described["summary"])
         if self.sampling is not None:
             (step,) = cached.programs.values()
             looping = self._looping(step.inputs, step.outputs, cached.state, described)
-            return self._lower_graph(step, report, folder, "model", looping)
-        built = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
-        return _assembled(built, cached.state, described)
+            return {"model": self._lower_graph(step, report, folder, "model", looping)}, itemgetter("model")
+        parts = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
+        return parts, partial(_assembled, state=cached.state, described=described)
 
     def _with_second(self, flat: FlatProgram, second: Second, report: Report) -> FlatProgram:
         """Both networks of a solver in one graph, the second rewritten by the same rules."""
@@ -228,22 +261,69 @@ class _Job:
         cache: Mapping[str, Any] | None = None,
     ) -> Looping | None:
         """The sampler's loop around a network with these inputs and outputs; None where none was asked for."""
-        return None if self.sampling is None else Looping.of(self.sampling, given, made, state, cache)
+        if self.sampling is None:
+            return None
+        dynamic = next((s for s in given if any(isinstance(size, str) for size in s.shape)), None)
+        if dynamic is not None and self.target.backend != "onnxruntime":
+            raise UsageError(
+                f"target {self.target}: input {dynamic.name!r} has dynamic sizes {format_shape(dynamic.shape)}, and a "
+                "sampling loop takes a range of sizes in ONNX Runtime alone; fix the sizes, or build it for onnxruntime"
+            )
+        if dynamic is not None and self.sampling.decoder is not None:
+            raise UsageError(
+                f"input {dynamic.name!r} has dynamic sizes {format_shape(dynamic.shape)}, and the decoder of a sampler "
+                "is built for one size of latents; fix the sizes, or decode the latents outside"
+            )
+        looping = Looping.of(self.sampling, given, made, state, cache)
+        if self.target.backend in ("tensorrt", "tensorrt-rtx"):
+            from hasten.backends.tensorrt_graph import MAX_TOPK
+
+            if (top := looping.plan.sorted) > MAX_TOPK:
+                raise UsageError(
+                    f"target {self.target}: the threshold's quantile needs a picture's {top} largest values in order, "
+                    f"and TopK takes at most {MAX_TOPK}; take a higher ratio, smaller pictures, or clip=…"
+                )
+        return looping
 
     def _lower_graph(
         self, flat: FlatProgram, report: Report, folder: Path, name: str, looping: Looping | None = None
-    ) -> Manifest:
-        """Compile one rewritten graph, in its loop if there is one, into files whose names begin with ``name``."""
+    ) -> Callable[[], Manifest]:
+        """Compile one rewritten graph, in its loop if there is one, into files whose names begin with ``name``.
+
+        Returns what is left to do. Where a builder works outside this process that is the builder's part, which holds
+        nothing of the graph; elsewhere it is all, so that one program is written before the next is exported.
+        """
         from hasten.passes.fx import branch_rules
 
         branch_rules.require(flat.module, str(self.target))
+        if self.target.opset is None:
+            return partial(self._compiled, flat, report, folder, name, looping)
+        if not self.target.needs_profiles:
+            return lambda: self._exported(flat, report, folder, name, looping, None)()
+        return self._exported(flat, report, folder, name, looping, folder / f"{name}.weights")
+
+    def _exported(
+        self,
+        flat: FlatProgram,
+        report: Report,
+        folder: Path,
+        name: str,
+        looping: Looping | None,
+        weights: Path | None,
+    ) -> Callable[[], Manifest]:
+        """Write a graph as ONNX, its large weights to the file ``weights`` if one is given; lowering it is left."""
         interface = Signature(flat.inputs, flat.outputs, flat.dims, flat.constants)
-        if self.target.opset is not None:
-            model = self._export(flat, report, looping)
-            if looping is not None:
-                interface = replace(signature(model), constants=flat.constants)
-            profiles = _profiles(flat) if self.target.needs_profiles and looping is None else {}
-            return looped(self._lower(model, interface, profiles, report, folder, name), looping)
+        model = self._export(flat, report, looping, weights)
+        if looping is not None:
+            interface = _around(model, looping, flat.dims, flat.constants)
+        profiles = _profiles(flat) if self.target.needs_profiles and looping is None else {}
+        return lambda: looped(self._lower(model, interface, profiles, report, folder, name), looping)
+
+    def _compiled(
+        self, flat: FlatProgram, report: Report, folder: Path, name: str, looping: Looping | None
+    ) -> Manifest:
+        """Compile a graph with a compiler of torch's own."""
+        interface = Signature(flat.inputs, flat.outputs, flat.dims, flat.constants)
         self.tell("compile", 0.3)
         if looping is not None:
             from hasten.backends.sampling_fx import in_a_loop
@@ -298,7 +378,7 @@ class _Job:
         if self.caching is None and self.sampling is None:
             return self._lower(model, found, profiles, report, folder, "model")
         if self.caching is None:
-            return self._lower_loop(model, self._looping(found.inputs, found.outputs), report, folder)
+            return self._lower_loop(model, self._looping(found.inputs, found.outputs), dims, report, folder)
         onnx_step_cache.take_sizes(model, read.model)
         sizes = onnx_step_cache.sizes_of(found, profiles)
         cached = onnx_step_cache.with_cache(self.caching, model, sizes, report)
@@ -307,7 +387,7 @@ class _Job:
             (program,) = cached.programs.values()
             step = signature(program)
             looping = self._looping(step.inputs, step.outputs, cached.state, cached.described)
-            return self._lower_loop(program, looping, report, folder)
+            return self._lower_loop(program, looping, dims, report, folder)
         built = {}
         for name, part in cached.programs.items():
             program, legalised = optimize_onnx(
@@ -319,7 +399,14 @@ class _Job:
             built[name] = self._lower(program, interface, bounds, report, folder, name)
         return _assembled(built, cached.state, cached.described)
 
-    def _lower_loop(self, model: onnx.ModelProto, looping: Looping | None, report: Report, folder: Path) -> Manifest:
+    def _lower_loop(
+        self,
+        model: onnx.ModelProto,
+        looping: Looping | None,
+        dims: Mapping[str, tuple[int, int | None]],
+        report: Report,
+        folder: Path,
+    ) -> Manifest:
         """Put an ONNX denoiser into its loop, in the target's own operators, and lower that."""
         from hasten.backends.optimize import optimize_onnx
 
@@ -327,9 +414,11 @@ class _Job:
         model = looping.around(model)
         model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise", skip=self.rules["skip"])
         _merge(report, legalised)
-        return looped(self._lower(model, signature(model), {}, report, folder, "model"), looping)
+        return looped(self._lower(model, _around(model, looping, dims), {}, report, folder, "model"), looping)
 
-    def _export(self, flat: FlatProgram, report: Report, looping: Looping | None = None) -> onnx.ModelProto:
+    def _export(
+        self, flat: FlatProgram, report: Report, looping: Looping | None, weights: Path | None
+    ) -> onnx.ModelProto:
         """Write a rewritten graph as ONNX, in the target's own operators; nothing is matched again."""
         from hasten.backends.optimize import optimize_onnx
         from hasten.passes.fx.to_onnx import onnx_from_graph
@@ -337,7 +426,7 @@ class _Job:
 
         assert self.target.opset is not None
         self.tell("export", 0.3)
-        model = onnx_from_graph(flat.module, flat.example_inputs, self.target.opset, flat.dynamic_shapes)
+        model = onnx_from_graph(flat.module, flat.example_inputs, self.target.opset, flat.dynamic_shapes, weights)
         rename(model, [t.name for t in flat.inputs], [t.name for t in flat.outputs])
         check_dynamic(flat.inputs, signature(model).inputs)
         options: dict[str, Any] = {"skip": self.rules["skip"], "choosing": self.choosing}
@@ -346,7 +435,8 @@ class _Job:
             _merge(report, chosen)
         if looping is not None:
             model = looping.around(model)
-        model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise", **options)
+        beside = weights.parent if weights is not None else None
+        model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise", weights=beside, **options)
         _merge(report, legalised)
         return model
 
@@ -360,16 +450,19 @@ class _Job:
         name: str,
     ) -> Manifest:
         from hasten.backends import onnxruntime as ort
-        from hasten.passes.onnx import branch_rules
+        from hasten.passes.onnx import branch_rules, where_branch
 
         branch_rules.require(model, str(self.target))
         self.tell("compile", 0.6)
         if self.target.backend == "onnxruntime":
+            if self.target.device == "cpu":
+                where_branch.run(model)
             files = ort.save_model(model, folder, f"{name}.onnx")
             ort.check_loads(folder, self.target.device, files[0])
             return self._manifest(interface, report, files[0], ort.runtime_versions())
         from hasten.backends import tensorrt
         from hasten.backends.tensorrt_graph import prepare_for_tensorrt
+        from hasten.passes.onnx import io
 
         dynamic = [spec for spec in interface.inputs if any(isinstance(size, str) for size in spec.shape)]
         for spec in dynamic:
@@ -378,6 +471,7 @@ class _Job:
                     f"target {self.target}: input {spec.name!r} has dynamic sizes {format_shape(spec.shape)}; give "
                     "shapes, three of them for min, opt and max, or one to fix them"
                 )
+        weights = io.weight_bytes(model)
         files = ort.save_model(prepare_for_tensorrt(model), folder, f"{name}.onnx")
         built = tensorrt.build_plan(
             folder / files[0],
@@ -387,11 +481,12 @@ class _Job:
             timeout=self.timeout or tensorrt.TIMEOUT_SECONDS,
             name=f"{name}.plan",
         )
-        for file in files:  # the plan holds the weights
-            (folder / file).unlink()
+        for file in (*files, f"{name}.weights"):  # the plan holds the weights
+            (folder / file).unlink(missing_ok=True)
         found = {
             **built.audit,
             "layers": dict(built.layers),
+            "weight_bytes": weights,
             "peak_bytes": built.peak_bytes,
             "build_seconds": built.seconds,
         }
@@ -417,6 +512,28 @@ class _Job:
             audit=audit,
             seconds=0.0,
         )
+
+
+def _around(
+    model: onnx.ModelProto,
+    looping: Looping,
+    dims: Mapping[str, tuple[int, int | None]],
+    constants: Mapping[str, Any] | None = None,
+) -> Signature:
+    """The signature of a model with a loop in it, with the ranges of its network's sizes, ``dims``."""
+    found = signature(model)
+    bounds = {name: b for name, b in looping.bounds(dims).items() if name in found.dims}
+    return replace(found, constants=constants or {}, dims={**found.dims, **bounds})
+
+
+def _let_go() -> None:
+    """Give back the memory of what nothing holds any more: graphs and their modules hold each other."""
+    gc.collect()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library than glibc, whose allocator keeps what was freed
+        return
+    trim(0)
 
 
 def memory(report: Report) -> str:
@@ -493,16 +610,7 @@ def _form_in_a_loop(cache: str | None, form: str | None) -> str | None:
     """A loop holds one program, so its step cache is a branch, for schedules known before the run as well."""
     if cache is not None and form not in (None, "conditional"):
         raise UsageError(f"cache form {form!r}: a sampling loop holds its step cache as a branch; take 'conditional'")
-    if cache is None:
-        return None
-    from hasten.passes.steps.catalog import parse
-
-    if (policy := parse(cache)).granularity == "modules":
-        raise UsageError(
-            f"cache {policy.name} skips modules one by one, which is no one branch, and a sampling loop holds its step "
-            "cache as a branch; take a policy that skips whole blocks, such as first-block or easycache"
-        )
-    return "conditional"
+    return None if cache is None else "conditional"
 
 
 def _assembled(

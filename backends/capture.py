@@ -51,14 +51,16 @@ def capture(
         return module
     args, kwargs = _apart(tuple(args), dict(kwargs or {}))
     name = type(module).__name__
-    with _evaluation_mode(module), torch.no_grad():
-        expected = _run_twice(module, args, kwargs, name)
+    # One stream of random numbers for all runs, so that none draws what another drew; the caller's stays as it is.
+    with _evaluation_mode(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        expected = _run(module, args, kwargs, name)
         try:
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:
+            _refuse_changing(module, args, kwargs, expected, name)
             raise HastenError(f"cannot capture {name}: {_reason(error)}; {WHAT_TO_DO}") from error
-        _refuse_writes(program, name)
         try:
+            _refuse_writes(program, name)
             check_equal(
                 module,
                 program.module(check_guards=False),
@@ -68,7 +70,11 @@ def capture(
                 tolerances=CAPTURE_TOLERANCE,
                 expected=expected,
             )
-        except VerificationError as error:
+        except HastenError as error:
+            # Only then: a module that changes is not what was captured, and a large one takes its time.
+            _refuse_changing(module, args, kwargs, expected, name)
+            if not isinstance(error, VerificationError):
+                raise
             raise VerificationError(f"{error}; a value of the host may be frozen into it: {WHAT_TO_DO}") from error
     return program
 
@@ -204,23 +210,28 @@ def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return _pytree.tree_map(own, args), _pytree.tree_map(own, kwargs)
 
 
-def _run_twice(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the outputs of a module that gives the same ones again."""
-    import torch
+def _run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the outputs of a module on its examples."""
+    try:
+        return _outputs(module, args, kwargs)
+    except Exception as error:
+        raise HastenError(f"{name} does not run on its example inputs: {_reason(error)}") from error
 
-    with torch.random.fork_rng(devices=[]):
-        try:
-            first = _outputs(module, args, kwargs)
-        except Exception as error:
-            raise HastenError(f"{name} does not run on its example inputs: {_reason(error)}") from error
-        second = _outputs(module, args, kwargs)
+
+def _refuse_changing(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: dict[str, Any], name: str
+) -> None:
+    """Refuse a module that does not give its outputs ``first`` again."""
+    try:
+        second = _run(module, args, kwargs, name)
+    except HastenError:  # the capture itself left something in it; what was found before says more
+        return
     problem = difference(first, second, CAPTURE_TOLERANCE)
     if problem is not None:
         raise HastenError(
             f"cannot capture {name}: two runs on the same inputs differ ({problem}); it draws its own random "
             "numbers or keeps state between calls: pass the noise or the state as an input"
         )
-    return first
 
 
 def _refuse_writes(program: torch.export.ExportedProgram, name: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hasten.backends.decoder import NAME, part_of
 from hasten.backends.manifest import Dim, Manifest, TensorSpec, read_manifest
 from hasten.backends.shapes import evaluate, format_shape, multiple
 from hasten.backends.target import Target, parse_target
@@ -75,7 +76,7 @@ class Engine:
         return tuple(self.manifest.cache["programs"]) if self.manifest.cache is not None else ()
 
     def program(self, name: str) -> Engine:
-        """One of `programs`, as an engine of its own."""
+        """One of `programs`, or a sampler's ``decoder``, as an engine of its own."""
         return self._programs[name]
 
     def start(
@@ -235,7 +236,9 @@ def load(path: str | os.PathLike[str], *, check_inputs: bool = True, threads: in
 
 
 def _parts(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
-    """The programs of an engine with a step cache, each with a manifest of its own."""
+    """The programs beside a sampler's loop or of a step cache, each with a manifest of its own."""
+    if (decoder := part_of(manifest)) is not None:
+        yield NAME, decoder
     if manifest.cache is None:
         return
     for name, part in manifest.cache["programs"].items():

@@ -108,10 +108,12 @@ def optimize_onnx(
     verify: str = "sites",
     dump: str | Path | None = None,
     choosing: Choosing | None = None,
+    weights: Path | None = None,
 ) -> tuple[onnx.ModelProto, Report]:
     """Rewrite an ONNX model, given as a path or in memory, for ``target``; see `optimize` for the options.
 
     Of ``choosing``, the limits bound each layer; the roofline model chooses, since nothing is timed in ONNX Runtime.
+    ``weights`` is the folder with the external weights of a model in memory, which stay there.
 
     Every operator of ours that stays in the result has a function body in standard operators, so the result runs in
     any runtime.
@@ -122,9 +124,9 @@ def optimize_onnx(
 
     parsed = _target(target)
     _check_verify(verify)
-    read = io.read(source)
+    read = io.read(source, detached=weights is not None)
     report = Report(source=read.source, ir="onnx", target=str(parsed), notes=list(read.notes))
-    graph = OnnxGraph(read.model)
+    graph = OnnxGraph(read.model, weights)
     check = SiteCheck() if verify != "structure" else None
     run_pipeline(
         graph,

@@ -7,6 +7,7 @@ architectures. The format is not documented, so nothing here fails when the text
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 from typing import Any
@@ -16,6 +17,9 @@ HEADER_BYTES = 64
 SM_BITS = {"sm75": 0x01, "sm80": 0x02, "sm86": 0x04, "sm89": 0x08, "sm120": 0x10, "sm121": 0x20}
 NOT_READABLE = "not readable"
 
+_KERNEL_SOURCE = b"__global__"
+_NOT_TEXT = re.compile(rb"[^\t\n\r\x20-\x7e]")
+_BACK = 1 << 16
 _PROGRAM = re.compile(rb"header \{\n  version = [^\x00\x80-\xff]*")
 _STEP = re.compile(r"^  (\w+)=\{ ", re.MULTILINE)
 _KERNEL = re.compile(r"^  (?:runtime_)?function=\{ name=(\S+)", re.MULTILINE)
@@ -24,8 +28,8 @@ _LABEL = re.compile(r"^ *label (\w+):", re.MULTILINE)
 _TARGETS = re.compile(r"^\s*cjmp\b.*?\btarget=\{([^}]*)\}", re.MULTILINE)
 
 
-def audit(plan: bytes) -> dict[str, Any]:
-    """Count what the program does.
+def audit(plan: bytes | mmap.mmap) -> dict[str, Any]:
+    """Count what the program does, and what the plan's bytes are.
 
     ``readable``; ``stream_capturable``: whether the engine can be captured as a CUDA graph; ``accelerators``: its
     architectures; ``counts``: ``gemm_mha`` fused attentions, ``SiluGnor`` GroupNorm+SiLU kernels, ``Gnor`` GroupNorm
@@ -33,6 +37,8 @@ def audit(plan: bytes) -> dict[str, Any]:
     products with fused neighbours, ``cjmp`` conditional jumps (an If or Loop whose body is skipped for real).
     ``behind_jumps``: the same counts of what lies right behind the labels that conditional jumps lead to, which is all
     of a branch without jumps of its own; what is counted above and not here runs at every call.
+    ``bytes``: of the plan in all (``plan``), of ``kernels``, whose CUDA source each site of a graph holds anew with all
+    its headers, of the ``program``'s text, and the ``rest``, which is the weights and what little names the layers.
     """
     programs = [m.group().decode("ascii") for m in _PROGRAM.finditer(plan)]
     if not programs:
@@ -46,7 +52,29 @@ def audit(plan: bytes) -> dict[str, Any]:
         "accelerators": sorted({name for group in accelerators for name in re.findall(r"sm\d+", group)}),
         "counts": _counts(text),
         "behind_jumps": _counts("\n".join(block for program in programs for block in _behind(program))),
+        "bytes": _parts(plan, len(text)),
     }
+
+
+def _parts(plan: bytes | mmap.mmap, program: int) -> dict[str, int]:
+    kernels, at = 0, plan.find(_KERNEL_SOURCE)
+    while at >= 0:
+        end = _NOT_TEXT.search(plan, at)
+        stop = len(plan) if end is None else end.start()
+        kernels += stop - _start_of_text(plan, at)
+        at = plan.find(_KERNEL_SOURCE, stop)
+    return {"plan": len(plan), "kernels": kernels, "program": program, "rest": len(plan) - kernels - program}
+
+
+def _start_of_text(plan: bytes | mmap.mmap, at: int) -> int:
+    """Where the run of text begins that holds the byte ``at``."""
+    while at > 0:
+        before = max(0, at - _BACK)
+        found = _NOT_TEXT.search(plan[before:at][::-1])
+        if found is not None:
+            return at - found.start()
+        at = before
+    return at
 
 
 def _counts(text: str) -> dict[str, int]:
@@ -71,7 +99,7 @@ def _behind(program: str) -> list[str]:
     return [blocks[t] for t in targets if t in blocks]
 
 
-def header_problem(plan: bytes, architectures: tuple[str, ...], version: str) -> str | None:
+def header_problem(plan: bytes | mmap.mmap, architectures: tuple[str, ...], version: str) -> str | None:
     """Say what is wrong with a TensorRT-RTX plan's header, or None: magic, size, version, architecture mask."""
     if len(plan) < HEADER_BYTES:
         return f"the plan has {len(plan)} bytes, fewer than its header"

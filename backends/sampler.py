@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hasten.backends.decoder import NAME as DECODER
 from hasten.backends.engine import Engine
 from hasten.backends.sampler_run import Chunk, Draw, Sampled, SamplerRun, whole
+from hasten.backends.sampler_sizes import sized, sizes_of
 from hasten.errors import UsageError, nearest
-from hasten.passes.solvers import catalog, loop, names
+from hasten.passes.solvers import from_config, loop, names
+from hasten.passes.solvers.hooks import Clip, Threshold
 from hasten.passes.solvers.plan import NEGATIVE
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.start import begun, levels
@@ -49,13 +52,14 @@ class Sampler:
         self._inputs = {t.name: t for t in engine.inputs}
 
     @property
-    def latents_shape(self) -> tuple[int, ...]:
-        """(B, ...): how many pictures a call makes, and the sizes of each."""
+    def latents_shape(self) -> tuple[Any, ...]:
+        """(B, ...): how many pictures a call makes, and the sizes of each; a name where the engine takes a range."""
         return tuple(self.loop["latents"])
 
     def table(self, solver: str | None = None, steps: int | None = None) -> SolverTable:
         """The table of a solver of the catalog, the engine's own unless named."""
-        return catalog.build(solver or self.loop["solver"], self.process, steps or self.loop["steps"])
+        request = from_config.requested(solver or self.loop["solver"], self.loop["process"], self.process)
+        return request.build(self.process, steps or self.loop["steps"])
 
     def __call__(
         self,
@@ -63,15 +67,21 @@ class Sampler:
         chunk: int | None = None,
         callback: Callable[[Chunk], object] | None = None,
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], object] | None = None,
+        decode: bool | None = None,
         **options: Any,
     ) -> Sampled:
         """Sample; ``options`` are those of `begin`.
+
+        An engine with a decoder decodes once, behind the last row, unless ``decode`` is False; a callback may `decode`
+        what it is shown.
 
         ``callback`` sees a `Chunk` after every ``chunk`` rows, of all rows together where it is None; what it raises
         ends the run. ``callback_on_step_end(sampler, row, time, {"latents": …})`` is diffusers', after every ``chunk``
         rows or every row: ``time`` is what the network was told in ``row``. The latents are to be looked at: the
         solver's state is more than they are, and `UsageError` says so where others come back.
         """
+        if decode:
+            self._decoder()  # refuses before anything runs
         run = self.begin(**options)
         if callback_on_step_end is not None:
             chunk = 1 if chunk is None else chunk
@@ -90,7 +100,26 @@ class Sampler:
                         "return those that it was given, or sample step by step with hasten.Scheduler"
                     )
             if run.done == run.rows:
-                return Sampled(done.latents, done.preview, run.decisions)
+                has = self.loop.get(DECODER) is not None and decode is not False
+                pixels = self.decode(done.latents) if has else None
+                return Sampled(done.latents, done.preview, run.decisions, pixels)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels, float32, of latents or of a preview (B, ...), by the decoder in the engine.
+
+        `UsageError` for an engine without one.
+        """
+        decoder = self._decoder()  # of fixed sizes
+        given = fits("latents", latents, tuple(self.loop["latents"])).to(self.engine.target.device)
+        made: torch.Tensor = decoder(latents=given)["pixels"]
+        return made
+
+    def _decoder(self) -> Engine:
+        if self.loop.get(DECODER) is None:
+            raise UsageError(
+                f"engine {self.engine.path.name!r} has no decoder; build it with one (hasten build … --decoder DIR)"
+            )
+        return self.engine.program(DECODER)
 
     def begin(
         self,
@@ -131,24 +160,34 @@ class Sampler:
             levels=levels(self.process, table.time),
             networks=self.loop.get("networks", 1),
             conditioned=self.loop.get("beside", False),
+            hook=self.loop.get("hook", "none"),
         )
         given = self._conditions(conditions) | self._guidance(guidance_scale, guidance_rescale)
         for name, column in rows._asdict().items():
             if loop.PREFIX + name in self._inputs:
                 given[loop.PREFIX + name] = torch.from_numpy(column)
-        draw = Draw(self.latents_shape, seed, generator)
-        unit = draw() if latents is None else self._fits("latents", latents)
+        sizes = self._sizes({**conditions, "latents": latents, "image": image, "mask_image": mask_image}, generator)
+        shape = sized(self.latents_shape, sizes, "what is made")
+        draw = Draw(shape, seed, generator)
+        unit = draw() if latents is None else fits("latents", latents, shape)
         first, state = 0, unit * table.init
         if image is not None and (mask_image is None or strength != 1):
             first, (signal, level), scale = begun(table, self.process, strength)
-            state = (signal * self._fits("image", image) + level * unit) * scale
+            state = (signal * fits("image", image, shape) + level * unit) * scale
         elif image is None and (strength != 1 or mask_image is not None):
             raise UsageError("strength and mask_image say how much of an image is made anew; give the image")
-        given |= self._noise(table, noise, seed, draw) | self._painting(mask_image, image, unit)
+        given |= (
+            self._noise(table, noise, seed, draw, shape) | self._painting(mask_image, image, unit) | self._hook(table)
+        )
         others = (torch.zeros_like(state) for _ in range(self.loop["history"] - 1))
         held = {names.STATE: torch.stack([state, *others])}
-        held |= self._cache(len(table), mask, threshold, limit, given)
+        held |= self._cache(len(table), mask, threshold, limit, given, sizes)
         return SamplerRun(self.engine, len(table), first, held, given)
+
+    def _sizes(self, given: Mapping[str, torch.Tensor | None], generator: Any) -> dict[str, int]:
+        specs = {"image": self.latents_shape, **{name: t.shape for name, t in self._inputs.items()}}
+        many = len(generator) if isinstance(generator, Sequence) else None
+        return sizes_of({**specs, "latents": self.latents_shape}, given, many)
 
     def _conditions(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         wanted = [*self.loop["conditions"], *self.loop["shared"]]
@@ -188,7 +227,7 @@ class Sampler:
         return found
 
     def _noise(
-        self, table: SolverTable, noise: Sequence[torch.Tensor] | None, seed: int, draw: Draw
+        self, table: SolverTable, noise: Sequence[torch.Tensor] | None, seed: int, draw: Draw, shape: tuple[int, ...]
     ) -> dict[str, torch.Tensor]:
         import torch
 
@@ -208,10 +247,28 @@ class Sampler:
             raise UsageError(
                 f"the solver adds noise in {len(noisy)} of {len(table)} rows; {len(noise)} noise tensors were given"
             )
-        stacked = torch.zeros((self.loop["rows"], *self.latents_shape))
+        stacked = torch.zeros((self.loop["rows"], *shape))
         for number, row in enumerate(noisy):
-            stacked[row] = draw() if noise is None else self._fits("noise", noise[number])
+            stacked[row] = draw() if noise is None else fits("noise", noise[number], shape)
         return {names.NOISE: stacked}
+
+    def _hook(self, table: SolverTable) -> dict[str, torch.Tensor]:
+        """The numbers of the engine's hook on x0; any, where the solver leaves it as it is."""
+        import torch
+
+        hook, kind = table.hook, self.loop.get("hook", "none")
+        if isinstance(hook, Threshold) and hook.ratio < self.loop["ratio"]:
+            raise UsageError(
+                f"the solver thresholds at the quantile {hook.ratio:g}, and the engine finds none below "
+                f"{self.loop['ratio']:g}; build it for that (--solver NAME:threshold={hook.ratio:g})"
+            )
+        if kind == "none":
+            return {}
+        if kind == "clip":
+            return {names.CLIP: torch.tensor(hook.limit if isinstance(hook, Clip) else 1.0)}
+        most = float(np.finfo(np.float32).max)  # an engine takes no infinity
+        numbers = (hook.ratio, min(hook.largest, most)) if isinstance(hook, Threshold) else (1.0, 1.0)
+        return {name: torch.tensor(number) for name, number in zip(names.HOOKS[kind], numbers, strict=True)}
 
     def _painting(
         self, mask: torch.Tensor | None, image: torch.Tensor | None, unit: torch.Tensor
@@ -225,7 +282,7 @@ class Sampler:
         wanted = (unit.shape[0], 1, *unit.shape[2:])
         if mask is not None and tuple(mask.shape) != wanted:
             raise UsageError(f"mask_image is {tuple(mask.shape)}, and the engine takes {wanted}; give that")
-        known = torch.zeros_like(unit) if image is None else self._fits("image", image)
+        known = torch.zeros_like(unit) if image is None else fits("image", image, tuple(unit.shape))
         return {
             names.MASK: torch.ones(wanted) if mask is None else mask.float(),
             names.KNOWN: known,
@@ -239,6 +296,7 @@ class Sampler:
         threshold: float | None,
         limit: int | None,
         given: dict[str, torch.Tensor],
+        sizes: Mapping[str, int],
     ) -> dict[str, torch.Tensor]:
         """The step cache's state at the start; its numbers go to ``given``."""
         import torch
@@ -266,15 +324,16 @@ class Sampler:
         }
         given |= {name: number for name, number in numbers.items() if name in self._inputs}
         held = {
-            s["name"]: torch.full(s["shape"], s["start"], dtype=getattr(torch, s["dtype"]))
+            s["name"]: torch.full(sized(s["shape"], sizes, s["name"]), s["start"], dtype=getattr(torch, s["dtype"]))
             for s in self.engine.manifest.state
         }
         return {names.DECISIONS: torch.full((self.loop["rows"],), DECIDE), **held}
 
-    def _fits(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tuple(tensor.shape) != self.latents_shape:
-            raise UsageError(
-                f"{what} is {tuple(tensor.shape)}, and the engine makes {self.latents_shape}; give that, or build "
-                "another engine"
-            )
-        return tensor.detach().float()
+
+def fits(what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """``tensor`` in float32; `UsageError` where it has not the sizes of the run's latents."""
+    if tuple(tensor.shape) != shape:
+        raise UsageError(
+            f"{what} is {tuple(tensor.shape)}, and the engine makes {shape}; give that, or build another engine"
+        )
+    return tensor.detach().float()

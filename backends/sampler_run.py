@@ -23,11 +23,15 @@ class Chunk(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """``latents`` and ``preview`` (the last predicted x0) (B, ...) float32; ``decisions``: 1 computed, 0 reused."""
+    """``latents`` and ``preview`` (the last predicted x0) (B, ...) float32; ``decisions``: 1 computed, 0 reused.
+
+    ``pixels`` are what the engine's decoder makes of the latents, None without one.
+    """
 
     latents: torch.Tensor
     preview: torch.Tensor
     decisions: str
+    pixels: torch.Tensor | None = None
 
 
 class SamplerRun:

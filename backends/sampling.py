@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hasten.backends.decoder import Decoder
 from hasten.backends.manifest import Manifest, TensorSpec
+from hasten.backends.shapes import multiple
 from hasten.errors import UsageError
-from hasten.passes.solvers import catalog, names
+from hasten.passes.solvers import catalog, from_config, names
+from hasten.passes.solvers.hooks import Threshold
 from hasten.passes.solvers.plan import GUIDANCE, NOISE, LoopPlan, Shaped, check_choice
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.table import SolverTable
@@ -22,6 +27,8 @@ ROWS, HISTORY = 128, 6
 SAMPLES = ("sample", "hidden_states", "latents", "x")
 TIMES = ("timestep", "timesteps", "t", "time", "sigma")
 SCALES = ("guidance", "guidance_scale")
+PICTURES = "pictures"
+"""What the number of pictures is called where a call of the network sees twice as many, and that is dynamic."""
 BESIDE = "velocity"
 """The input of a second network that takes the solver's second picture."""
 
@@ -43,12 +50,15 @@ class Sampling:
 
     ``solver`` (`passes.solvers.catalog`) and ``steps`` are what the engine runs unless it is told otherwise; it serves
     any solver with at most ``rows`` evaluations over at most ``history`` latents. ``process`` says what the network was
-    trained on, as `Process.of` reads it; bundled models say so themselves. ``guidance`` is the scale, ``form`` how the
-    network is guided (`GUIDANCE`), None for the plainest that the scale and the network allow; ``rescale`` adds the
-    rescaling of Lin et al. ``noise`` (`NOISE`) is where a stochastic solver's noise comes from, None for ``seed`` where
-    the solver takes noise. ``inpaint``: the engine can keep a part of a given picture. ``time_scale`` multiplies the
-    times. ``sample`` and ``time`` name the network's inputs where their names do not tell. ``second`` is the guide of
-    LTSP, STSP and guided solvers, or CAF's acceleration; the engine then holds both networks.
+    trained on, as `Process.of` reads it; bundled models say so themselves. A diffusers scheduler's configuration also
+    says which solver, where that is None, and whether x0 is clipped or thresholded, where the solver does not. An
+    engine whose solver does one of the two can also leave it, and takes other limits; a threshold's ratio can be
+    higher, not lower. ``guidance`` is the scale, ``form`` how the network is guided (`GUIDANCE`), None for the plainest
+    that the scale and the network allow; ``rescale`` adds the rescaling of Lin et al. ``noise`` (`NOISE`) is where a
+    stochastic solver's noise comes from, None for ``seed`` where the solver takes noise. ``inpaint``: the engine can
+    keep a part of a given picture. ``time_scale`` multiplies the times. ``sample`` and ``time`` name the network's
+    inputs where their names do not tell. ``second`` is the guide of LTSP, STSP and guided solvers, or CAF's
+    acceleration; the engine then holds both networks. ``decoder`` makes pixels of the last latents.
     """
 
     solver: str | None = None
@@ -65,6 +75,7 @@ class Sampling:
     sample: str | None = None
     time: str | None = None
     second: Second | None = None
+    decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
         if self.solver is not None:
@@ -95,8 +106,8 @@ class Sampling:
     def table(self) -> tuple[str, SolverTable]:
         """The solver's whole text, and its table; `UsageError` where it does not fit the process or the bounds."""
         process = self.trained_on()
-        text = catalog.canonical(self.solver or catalog.default(process))
-        table = catalog.build(text, process, self.steps)
+        request = from_config.requested(self.solver, self.process or {}, process)
+        text, table = str(request), request.build(process, self.steps)
         if self.rows is not None and self.rows < len(table):
             raise UsageError(
                 f"rows: {self.rows} given, and {self.steps} steps make {len(table)} evaluations; give more"
@@ -123,6 +134,16 @@ class Looping:
     kept: tuple[Shaped, ...]
     controls: tuple[Shaped, ...]
     described: Mapping[str, Any]
+    doubled: str | None = None
+    """The network's own batch where it is a dynamic size and twice the number of pictures."""
+
+    def bounds(self, dims: Mapping[str, tuple[int, int | None]]) -> dict[str, tuple[int, int | None]]:
+        """The ranges of the engine's sizes, from those of the network's."""
+        found = dict(dims)
+        if self.doubled is not None:
+            low, high = found.pop(self.doubled, (1, None))
+            found[PICTURES] = (-(-low // 2), None if high is None else high // 2)
+        return found
 
     def around(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """Put an ONNX denoiser, which is changed, into its loop."""
@@ -146,18 +167,19 @@ class Looping:
         text, table = sampling.table()
         carried = {s["name"] for s in state}
         own = tuple(s for s in given if not s.name.startswith(names.CACHE))
-        if dynamic := [s for s in own if any(isinstance(size, str) for size in s.shape)]:
-            raise UsageError(
-                f"input {dynamic[0].name!r} has dynamic sizes, and a sampling loop is built for fixed ones; give shapes"
-            )
         kept = tuple(_shaped(s) for s in given if s.name in carried)
         controls = tuple(_shaped(s) for s in given if s not in own and s.name not in carried)
         noise = sampling.noise or ("seed" if table.noisy else "none")
         # a loop that is given noise for every row has no room that it does not need
         rows = sampling.rows or (len(table) if noise == "input" else max(len(table), ROWS))
-        plan = plan_of(sampling, own, made, noise, rows)
+        plan = _hooked(plan_of(sampling, own, made, noise, rows), table)
         if cache is not None:
             plan = replace(plan, follow=parse(cache["policy"]).branches == "conditional")
+        batch = plan.sample.shape[0]
+        doubled = batch if plan.doubled and isinstance(batch, str) else None
+        if doubled is not None:
+            kept = tuple(replace(s, shape=tuple(_halved(size, doubled, s) for size in s.shape)) for s in kept)
+        sizes = {s.name: list(s.shape) for s in kept}
         described = {
             "solver": text,
             "steps": sampling.steps,
@@ -167,8 +189,10 @@ class Looping:
             "scale": sampling.guidance,
             "rescale": plan.rescale,
             "noise": plan.noise,
+            "hook": plan.hook,
+            "ratio": table.hook.ratio if isinstance(table.hook, Threshold) else None,
             "inpaint": plan.inpaint,
-            "process": dict(sampling.process or {}),
+            "process": {key: _in_json(value) for key, value in (sampling.process or {}).items()},
             "time_scale": sampling.time_scale,
             "latents": list(plan.latents),
             "conditions": [c.name for c in plan.conditions],
@@ -176,9 +200,39 @@ class Looping:
             "networks": 1 if plan.which is None else 2,
             "beside": plan.beside is not None,
             "cache": None if cache is None else dict(cache),
-            "state": [{**s, "name": s["name"] + b} for b in names.BRANCHES[: plan.calls] for s in state],
+            "state": [
+                {**s, "name": s["name"] + b, "shape": sizes[s["name"]]}
+                for b in names.BRANCHES[: plan.calls]
+                for s in state
+                if s["name"] in sizes
+            ],
         }
-        return cls(plan, kept, controls, described)
+        return cls(plan, kept, controls, described, doubled)
+
+
+def _halved(size: int | str, batch: str, kept: Shaped) -> int | str:
+    """A size of what a network keeps, which names its batch, in numbers of pictures."""
+    factor, symbol = multiple(size) or (1, size)
+    if symbol == batch:
+        return f"{2 * factor}*{PICTURES}"
+    if isinstance(size, str) and batch in re.findall(r"\w+", size):
+        raise UsageError(f"what is kept as {kept.name!r} has the size {size}; build the loop with form=sequential")
+    return size
+
+
+def _in_json(value: Any) -> Any:
+    """A configuration's value as a manifest can hold it: diffusers' ``lambda_min_clipped`` is minus infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _hooked(plan: LoopPlan, table: SolverTable) -> LoopPlan:
+    """``plan`` with what the solver does to x0."""
+    if table.hook is None:
+        return plan
+    if isinstance(table.hook, Threshold) and any(isinstance(size, str) for size in plan.latents[1:]):
+        raise UsageError(f"a threshold is found among a known number of values, and pictures are {plan.latents[1:]}")
+    top = table.hook.top(math.prod(map(int, plan.latents[1:]))) if isinstance(table.hook, Threshold) else 0
+    return replace(plan, hook=table.hook.kind, sorted=top)
 
 
 def looped(manifest: Manifest, looping: Looping | None) -> Manifest:
@@ -226,7 +280,9 @@ def plan_of(
         raise UsageError(
             f"guidance needs an input to leave out, and the network has none beside {sample.name!r} and time"
         )
-    if form == "batched" and int(size) % 2:
+    if form == "batched" and isinstance(size, str) and PICTURES in {d for s in given for d in s.shape}:
+        raise UsageError(f"a size of the network is called {PICTURES!r}, as the loop calls its own; rename it")
+    if form == "batched" and not isinstance(size, str) and size % 2:
         raise UsageError(
             f"batched guidance calls the network with twice the pictures, and its batch of {size} is odd; build it for "
             "twice the number of pictures, or take form=sequential"
@@ -242,7 +298,7 @@ def plan_of(
     taken = {*(s.name for s in names.inputs(LoopPlan(1, 1, "none", False, "none", False, 1, sample, time), (), ()))}
     if clash := sorted(taken & {s.name for s in (*conditions, *shared)}):
         raise UsageError(f"the network's input {clash[0]!r} has the name of one of the loop's own; rename it")
-    batch = int(size) // 2 if form == "batched" else size
+    batch = size if form != "batched" else PICTURES if isinstance(size, str) else size // 2
     return LoopPlan(
         rows,
         sampling.history,
@@ -266,7 +322,7 @@ def _plainest(sampling: Sampling, scale: Shaped | None, conditions: Sequence[Sha
         return "embedded"
     if sampling.guidance == 1 or not conditions:
         return "none"
-    return "sequential" if int(size) % 2 else "batched"
+    return "sequential" if not isinstance(size, str) and size % 2 else "batched"
 
 
 def _find(what: str, asked: str | None, usual: Sequence[str], given: Mapping[str, Shaped]) -> Shaped:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 import re
 import subprocess
@@ -99,12 +100,14 @@ def build_plan(
         raise HastenError(f"target {target}: {answer['error']}")
     if answer["malformed"]:
         raise HastenError(f"target {target}: the runtime calls the plan that was just built malformed")
-    content = plan.read_bytes()
-    if target.backend == "tensorrt-rtx" and (
-        problem := header_problem(content, target.architectures, answer["version"])
-    ):
-        raise HastenError(f"target {target}: {problem}")
-    return Built(answer["version"], audit(content), answer["layers"], answer["seconds"], peak)
+    if plan.stat().st_size == 0:
+        raise HastenError(f"target {target}: {header_problem(b'', target.architectures, answer['version'])}")
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if target.backend == "tensorrt-rtx" and (
+            problem := header_problem(content, target.architectures, answer["version"])
+        ):
+            raise HastenError(f"target {target}: {problem}")
+        return Built(answer["version"], audit(content), answer["layers"], answer["seconds"], peak)
 
 
 def diagnose(code: int | None, peak: int | None, timeout: float, errors: str) -> str:

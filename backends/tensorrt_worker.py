@@ -9,6 +9,7 @@ hasattr.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sys
 import threading
@@ -46,10 +47,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     for index in range(network.num_layers):
         kind = str(network.get_layer(index).type).rpartition(".")[2]
         layers[kind] = layers.get(kind, 0) + 1
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    plan = Path(request["plan"])
+    if not _write(trt, builder, network, config, plan):
         return {"error": f"the build fails: {log.last() or 'no reason given'}"}
-    Path(request["plan"]).write_bytes(plan)
     return {
         "version": trt.__version__,
         "layers": layers,
@@ -58,12 +58,46 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _malformed(trt: Any, logger: Any, plan: Any) -> bool | None:
+def _write(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> bool:
+    """Build and write the plan, piece by piece where the builder can; whether it was built."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        made = builder.build_serialized_network(network, config)
+        if made is not None:
+            plan.write_bytes(made)
+        return made is not None
+    failed: list[OSError] = []
+    with plan.open("wb") as file:
+
+        class Writer(trt.IStreamWriter):
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # the builder lets no exception through
+                    failed.append(error)
+                    return 0
+
+        built = builder.build_serialized_network_to_stream(network, config, Writer())
+    if failed:
+        raise failed[0]
+    return bool(built)
+
+
+def _malformed(trt: Any, logger: Any, path: Path) -> bool | None:
     """Ask the runtime whether the plan is malformed; None where it cannot be asked without a GPU (TensorRT)."""
     runtime = trt.Runtime(logger)
     if not hasattr(runtime, "get_engine_validity"):
         return None
-    _, diagnostics = runtime.get_engine_validity(memoryview(plan))
+    if path.stat().st_size == 0:
+        return True
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+        memoryview(plan) as seen,
+    ):
+        _, diagnostics = runtime.get_engine_validity(seen)
     return bool(int(diagnostics) & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE))
 
 

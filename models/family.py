@@ -16,7 +16,7 @@ from hasten.models.adapter import Adapter
 from hasten.models.census import census
 from hasten.models.diffusers_weights import load_directory, read_config
 from hasten.models.inputs import Input
-from hasten.models.random_weights import fill
+from hasten.models.random_weights import filled
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
@@ -97,7 +97,7 @@ class Family:
             expected=architecture.expected,
             trained=False,
             processor=processor,
-            make=lambda: fill(self.model_class()(**config)),
+            make=lambda: filled(lambda: self.model_class()(**config)),
         )
 
     def describe(

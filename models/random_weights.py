@@ -8,9 +8,31 @@ construction nor the version of a package changes a value.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class _Undrawn(TorchFunctionMode):
+    """What `torch.nn.init` would write into a parameter is left out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__module__", None) == "torch.nn.init" and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
+
+
+def filled(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """`fill` what ``make`` builds, which draws nothing itself: of a large model that takes as long as filling it."""
+    with _Undrawn():
+        model = make()
+    return fill(model, seed)
 
 
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -18,16 +40,21 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
 
     Matrices and kernels have unit gain (normal with variance 1 / fan-in), norms scale by about 1, biases are small.
     """
-    with torch.no_grad():
-        for path, owner in model.named_modules():
-            norm = "Norm" in type(owner).__name__
-            for name, parameter in owner.named_parameters(recurse=False):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{path}.{name}:{seed}".encode()))
-                parameter.normal_(generator=generator)
-                if parameter.ndim >= 2:
-                    parameter.mul_(parameter[0].numel() ** -0.5)
-                elif name == "bias":
-                    parameter.mul_(0.05)
-                elif norm:
-                    parameter.mul_(0.1).add_(1)
+    named = [(p, o, n, w) for p, o in model.named_modules() for n, w in o.named_parameters(recurse=False)]
+    once = {id(parameter): (path, owner, name, parameter) for path, owner, name, parameter in named}
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # a generator draws on one thread
+        for drawn in [threads.submit(_draw, p, o, n, w, seed) for p, o, n, w in once.values()]:
+            drawn.result()
     return model
+
+
+@torch.no_grad()
+def _draw(path: str, owner: nn.Module, name: str, parameter: nn.Parameter, seed: int) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{path}.{name}:{seed}".encode()))
+    parameter.normal_(generator=generator)
+    if parameter.ndim >= 2:
+        parameter.mul_(parameter[0].numel() ** -0.5)
+    elif name == "bias":
+        parameter.mul_(0.05)
+    elif "Norm" in type(owner).__name__:
+        parameter.mul_(0.1).add_(1)

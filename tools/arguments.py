@@ -96,14 +96,26 @@ def sampler_options(parser: argparse.ArgumentParser) -> None:
         "--rows", type=whole(1), metavar="N", help="most evaluations that the engine takes (default 128)"
     )
     group.add_argument(
+        "--decoder",
+        metavar="DIR",
+        help="pixels instead of latents: a diffusers AutoencoderKL's directory, a registered decoder, or own (bundled "
+        "models)",
+    )
+    group.add_argument(
         "--scheduler", type=Path, metavar="FILE", help="scheduler_config.json: what the network was trained on"
     )
+
+
+def _decoder(args: argparse.Namespace) -> Any:
+    from hasten.backends.decoder import decoder_of
+
+    return None if args.decoder is None else decoder_of(args.decoder, str(args.source))
 
 
 def sampling(args: argparse.Namespace) -> Any:
     """The `hasten.Sampling` that `sampler_options` asked for, None without one."""
     if args.solver is None:
-        given = ("steps", "guidance", "guidance_form", "noise", "rows", "scheduler", "rescale", "inpaint")
+        given = ("steps", "guidance", "guidance_form", "noise", "rows", "scheduler", "rescale", "inpaint", "decoder")
         if extra := [name for name in given if getattr(args, name)]:
             raise UsageError(f"--{extra[0].replace('_', '-')} is of a sampler; say which: --solver NAME")
         return None
@@ -119,6 +131,7 @@ def sampling(args: argparse.Namespace) -> Any:
         inpaint=args.inpaint,
         rows=args.rows,
         process=None if args.scheduler is None else _scheduler(args.scheduler),
+        decoder=_decoder(args),
     )
 
 

@@ -28,7 +28,7 @@ EXAMPLES = (
     "hasten bench sd15-vae-decoder@latent:1x4x32x32 --implementations eager,inductor,hasten-aoti --plot vae.png",
     "hasten bench scenes-dit --cache first-block:threshold=0.1 --cache teacache:threshold=0.1,coefficients=1/0 "
     "--thresholds 0.05,0.1,0.2 --rounds 3 --plot caches.png",
-    "hasten bench --render out/bench.jsonl --into BENCHMARKS.md",
+    "hasten bench scenes-unet --solver ddim,unipc,dpm++2m-karras --steps 5,10,20 --rounds 5 --plot solvers.png",
 )
 RTOL = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 BUSY = 0.5
@@ -69,14 +69,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     timing.add_argument(
         "--malloc", type=one_of(tuple(MALLOC)), default="keep", help="keep freed pages (default), or the system's way"
     )
-    caches = parser.add_argument_group("step caches", "speed against quality, on a bundled model")
-    caches.add_argument("--cache", action="append", metavar="POLICY", help="as for hasten build; may be given again")
-    caches.add_argument("--thresholds", type=_numbers, metavar="X,…", help="instead of the policy's own")
-    caches.add_argument("--steps", type=whole(1), default=50, metavar="N", help="of a run (default 50)")
-    caches.add_argument("--count", type=whole(1), default=16, metavar="N", help="pictures of a run (default 16)")
-    caches.add_argument("--cache-target", type=target, default="aoti:cpu", help="aoti:cpu (default), onnxruntime:cpu")
+    sweeps = parser.add_argument_group("solvers and step caches", "speed against quality, on a bundled model")
+    sweeps.add_argument(
+        "--solver",
+        action="append",
+        metavar="NAME,…",
+        help="as for hasten build: whole samplers, every one at every --steps",
+    )
+    sweeps.add_argument("--cache", action="append", metavar="POLICY", help="as for hasten build; may be given again")
+    sweeps.add_argument("--thresholds", type=_numbers, metavar="X,…", help="instead of the policy's own")
+    sweeps.add_argument("--steps", type=_steps, metavar="N,…", help="of a run (default 50; with --solver 10,20,50)")
+    sweeps.add_argument("--count", type=whole(1), default=16, metavar="N", help="pictures of a run (default 16)")
+    sweeps.add_argument(
+        "--fine", type=whole(1), default=125, metavar="N", help="steps of the solution that PSNR is to (default 125)"
+    )
+    sweeps.add_argument("--cache-target", type=target, default="aoti:cpu", help="aoti:cpu (default), onnxruntime:cpu")
     output = parser.add_argument_group("results")
-    output.add_argument("--jsonl", type=Path, metavar="FILE", help="append one line for each work and implementation")
+    output.add_argument("--jsonl", type=Path, metavar="FILE", help="append one line for each row of the tables")
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf; needs matplotlib)")
     output.add_argument("--render", type=Path, metavar="FILE", help="time nothing: make tables of these JSON lines")
     output.add_argument("--into", type=Path, metavar="FILE.md", help="with --render: between the marks of this file")
@@ -85,6 +94,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _sets(text: str) -> tuple[str, ...]:
     return tuple(one_of(tuple(SETS))(word) for word in text.split(","))
+
+
+def _steps(text: str) -> list[int]:
+    return list(dict.fromkeys(whole(1)(word) for word in text.split(",")))
 
 
 def _numbers(text: str) -> list[float]:
@@ -110,6 +123,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         bench_plot.require()
     if args.render is not None:
         return _render(args, console)
+    if args.solver is not None:
+        from hasten.tools import bench_solver
+
+        return bench_solver.run(args, console)
     if args.cache is not None:
         from hasten.tools import bench_cache
 

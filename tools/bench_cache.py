@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.errors import UsageError, nearest, need
+from hasten.errors import UsageError
+from hasten.tools.bench_sweep import GUIDANCE, Panel, adapters, draw, labels_of, right, rounds, thresholds_of
 from hasten.tools.console import Console, table
-from hasten.tools.files import replace as replace_file
 from hasten.tools.generate_cached import CachedDenoise
 from hasten.tools.quality import psnr, ssim
 
@@ -53,27 +52,18 @@ class Setting:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Measure every policy at every threshold, show, draw."""
-    from hasten.models.registry import BUNDLED, get
-
-    if args.plot is not None:
-        need("matplotlib", extra="bench")
+    if len(args.steps or [50]) != 1:
+        raise UsageError(
+            "--steps: a sweep over caches alone has one number of steps; give one, or solvers to sweep over as well"
+        )
     found: list[Setting] = []
-    for name in args.sources:
-        if name not in BUNDLED:
-            raise UsageError(
-                f"--cache measures quality on trained models, and {name!r} is none; there are {', '.join(BUNDLED)}."
-                f"{nearest(name, BUNDLED)}"
-            )
-    if not args.sources:
-        raise UsageError("--cache: name a bundled model, such as scenes-dit")
-    for name in args.sources:
-        adapter = replace(get(name), batch=2 * args.count)
+    for adapter in adapters(args, "--cache"):
         for policy in args.cache:
             found += _curve(adapter, policy, args, console)
     console.document({"settings": [asdict(s) for s in found]})
     console.show(_table(found))
     if args.plot is not None:
-        _draw(found, args.plot)
+        draw(_panels(found), args.plot)
         console.show("", f"wrote {args.plot}")
     return 0
 
@@ -83,73 +73,61 @@ def _curve(adapter: Adapter, policy: str, args: argparse.Namespace, console: Con
 
     from hasten.backends.build import build
     from hasten.backends.step_cache import Caching
-    from hasten.passes.steps.catalog import canonical
 
+    (steps,) = args.steps or [50]
     if (caching := Caching.of(policy)) is not None:
-        caching.check_calls(args.steps)  # before an engine is built that could not run
-    thresholds: Sequence[float | None] = args.thresholds or [None]
-    if "threshold=" not in canonical(policy):
-        thresholds = [None]
+        caching.check_calls(steps)  # before an engine is built that could not run
     with tempfile.TemporaryDirectory(prefix="hasten-bench-") as folder:
         with console.progress(f"building {adapter.name} with {policy}") as tell:
             engine = build(adapter, target=args.cache_target, out=Path(folder) / "engine", cache=policy, progress=tell)
         with console.progress(f"{adapter.name}, {policy}") as tell:
-            return _settings(adapter, engine, policy, thresholds, args, tell)
+            return _settings(adapter, engine, policy, steps, args, tell)
 
 
 def _settings(
     adapter: Adapter,
     engine: Engine,
     policy: str,
-    thresholds: Sequence[float | None],
+    steps: int,
     args: argparse.Namespace,
     tell: Callable[[str, float], None],
 ) -> list[Setting]:
-    import torch
-
-    from hasten.models.scenes.adapters import specification
-    from hasten.models.scenes.evaluate import marks
     from hasten.models.scenes.generate import generate
-    from hasten.models.scenes.subject import subject
 
-    denoise, steps = CachedDenoise(engine, args.steps), args.steps
-    classes = len(subject(specification(adapter.name)).classes)
-    labels = [(5 * i) % classes for i in range(args.count)]
+    denoise, labels = CachedDenoise(engine, steps), labels_of(adapter, args.count)
+    thresholds = thresholds_of(policy, args.thresholds)
+
+    def run(begin: Callable[[], Any]) -> tuple[torch.Tensor, str]:
+        begin()
+        pictures = generate(denoise, adapter, labels, steps=steps, guidance=GUIDANCE, seed=args.seed)
+        return pictures, denoise.run.mask
+
     begin: dict[float | str | None, Callable[[], Any]] = {ALL: lambda: denoise.begin("1" * steps)}
     begin |= {t: partial(denoise.begin, threshold=t) for t in thresholds}
-    pictures: dict[float | str | None, torch.Tensor] = {}
-    masks: dict[float | str | None, str] = {}
-    seconds: dict[float | str | None, list[float]] = {key: [] for key in begin}
     step = denoise.step_seconds(tuple(adapter.example_inputs().values()), 5)
-    for turn in range(args.rounds + 1):  # the first is not timed
-        for key, start in begin.items():
-            tell(f"round {turn} of {args.rounds}", turn / (args.rounds + 1))
-            start()
-            began = time.perf_counter()
-            pictures[key] = generate(denoise, adapter, labels, steps=steps, guidance=2.0, seed=args.seed)
-            if turn:
-                seconds[key].append(time.perf_counter() - began)
-            masks[key] = denoise.run.mask
+    made, times = rounds({key: partial(run, start) for key, start in begin.items()}, args.rounds, tell)
+    whole, _ = made[ALL]
     rows = []
     for key in thresholds:
-        ratios = sorted(a / b for a, b in zip(seconds[ALL], seconds[key], strict=True))
-        computed = masks[key].count("1")
+        pictures, mask = made[key]
+        ratios = sorted(a / b for a, b in zip(times[ALL].seconds, times[key].seconds, strict=True))
+        computed = mask.count("1")
         reused = step["reused"]["median"] / step["computed"]["median"]
         rows.append(
             Setting(
                 model=adapter.name,
                 policy=policy,
                 threshold=key,
-                mask=masks[key],
+                mask=mask,
                 computed=computed,
                 steps=steps,
                 predicted=steps / (computed + (steps - computed) * reused),
                 speedup=statistics.median(ratios),
                 p20=ratios[round(0.2 * (len(ratios) - 1))],
                 p80=ratios[round(0.8 * (len(ratios) - 1))],
-                psnr_db=psnr(pictures[ALL], pictures[key]),
-                ssim=ssim(pictures[ALL], pictures[key]),
-                accuracy=marks(pictures[key], torch.tensor(labels))["both"],
+                psnr_db=psnr(whole, pictures),
+                ssim=ssim(whole, pictures),
+                accuracy=right(pictures, labels),
                 state_bytes=sum(s["bytes"] for s in engine.manifest.state),
             )
         )
@@ -176,18 +154,13 @@ def _table(settings: Sequence[Setting]) -> Any:
     return shown
 
 
-def _draw(settings: Sequence[Setting], path: Path) -> None:
+def _panels(settings: Sequence[Setting]) -> list[Panel]:
     """One panel a model, one line a policy: speed to the right, PSNR upwards."""
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(s.model for s in settings))
-    figure = Figure(figsize=(6 * len(models), 4.5), layout="constrained")
-    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for policy in dict.fromkeys(s.policy for s in settings if s.model == model):
-            points = [s for s in settings if s.model == model and s.policy == policy and s.psnr_db is not None]
-            points.sort(key=lambda s: s.speedup)
-            panel.plot([s.speedup for s in points], [s.psnr_db for s in points], "o-", label=policy.partition(",")[0])
-        panel.set(title=model, xlabel="times as fast as computing every step", ylabel="PSNR to that, dB")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    replace_file(path, lambda partial: figure.savefig(partial, dpi=150))
+    made = []
+    for model in dict.fromkeys(s.model for s in settings):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for s in settings:
+            if s.model == model and s.psnr_db is not None:
+                lines.setdefault(s.policy.partition(",")[0], []).append((s.speedup, s.psnr_db))
+        made.append(Panel(model, "times as fast as computing every step", "PSNR to that, dB", lines))
+    return made

@@ -29,20 +29,21 @@ def table_of(adapter: Adapter, solver: str, steps: int) -> SolverTable:
 
 
 def sampling_of(adapter: Adapter, solver: str, steps: int, guidance: float) -> Sampling:
-    """What the engine is built for: noise comes from outside, so that a baseline is given the same.
+    """What the engine is built for, decoder and all: noise comes from outside, so that a baseline is given the same.
 
     A solver that asks a guide is given that of `noisy_classifier`, and ``guidance`` is left aside.
     """
+    from hasten.backends.decoder import OWN, decoder_of
     from hasten.backends.sampling import Sampling, Second
 
-    table = table_of(adapter, solver, steps)
+    table, decoder = table_of(adapter, solver, steps), decoder_of(OWN, adapter.name)
     noise = "input" if table.noisy else "none"
     if not table.network.any():
-        return Sampling(solver=solver, steps=steps, guidance=guidance, noise=noise)
+        return Sampling(solver=solver, steps=steps, guidance=guidance, noise=noise, decoder=decoder)
     from hasten.models.scenes import noisy_classifier
 
     second = Second(*noisy_classifier.guide(adapter.batch))
-    return Sampling(solver=solver, steps=steps, noise=noise, second=second)
+    return Sampling(solver=solver, steps=steps, noise=noise, second=second, decoder=decoder)
 
 
 def is_guided(adapter: Adapter, solver: str | None, steps: int) -> bool:
@@ -86,7 +87,11 @@ class LoopDenoise:
 
     def generate(self, labels: Sequence[int], **options: Any) -> torch.Tensor:
         """Pixels in [-1, 1], on the CPU."""
-        latents = self.sample(labels, **options).latents
+        made = self.sample(labels, **options)
+        return self.pixels(made.latents) if made.pixels is None else made.pixels.cpu()
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """What latents show, in [-1, 1], on the CPU; computed here, not in the engine."""
         return self.subject.pixels(latents, self.specification["unshuffle"]).clamp(-1, 1).cpu()
 
     def _conditions(self, labels: Sequence[int]) -> dict[str, torch.Tensor]:

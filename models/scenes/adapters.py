@@ -49,7 +49,7 @@ MODELS = {
         "video",
         LATTE,
         "video transformer of 8 frames of 32 x 32 scenes, told shape, colour and speed, rectified flow",
-        {"attention": 9},
+        {"attention": 18},
         {"text": 3},
     ),
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from hasten.models.scenes import clips, data
@@ -49,3 +50,15 @@ CLIPS = Subject(clips.CLASSES, lambda n, seed, labels: clips.render(n, seed, lab
 def subject(spec: Mapping[str, Any]) -> Subject:
     """Say what the model of a bundled ``<stem>.json`` draws."""
     return CLIPS if "video_length" in spec["config"] else PICTURES
+
+
+class Pixels(nn.Module):
+    """The decoder of a bundled ``<stem>.json``: latents to pixels in [-1, 1], which are the same values."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.subject, self.unshuffle = subject(spec), int(spec["unshuffle"])
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, 3, S, S), or clips (B, C, F, H, W) to (B, F, 3, S, S)."""
+        return self.subject.pixels(latents, self.unshuffle).clamp(-1, 1)

@@ -116,10 +116,8 @@ def train(name: str, steps: int, batch: int, rate: float, run: Path, threads: in
     spec = network(name)[1]
     run.mkdir(parents=True, exist_ok=True)
     layers = spec["config"].get("num_layers")
-    mean, curve = None, None
     for stage in _stages(spec, steps):
         mean, curve = _train(name, stage, steps, batch, rate, run / f"{name}.pt", compiled)
-    assert mean is not None and curve is not None
     return _write(name, stacked(mean, layers) if layers else mean, curve)
 
 

@@ -122,6 +122,7 @@ class SolverLoop(nn.Module):
             given.get(names.RESCALE),
             solver_row.noise_of(plan, given.get(names.NOISE, given.get(names.SEED)), index, seen),
             shown,
+            [given[name] for name in names.HOOKS[plan.hook]],
         )
         following[names.STATE] = state
         # a loop's body must return memory of its own, laid out as what it was given

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hasten.passes.fx import clean_hook
 from hasten.passes.fx.counter_noise import normal
 from hasten.passes.solvers import loop
 from hasten.passes.solvers.plan import LoopPlan
@@ -51,16 +52,19 @@ def after(
     rescale: Tensor | None,
     noise: Tensor | None,
     preview: Tensor,
+    hook: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The next state, (K, B, ...), and the predicted clean sample, (B, ...), of the network's ``predictions``.
 
-    There is one prediction for each call. ``scale`` and ``rescale`` are (), ``noise`` (B, ...). A row that says nothing
-    of the clean sample leaves ``preview``, the last one's, as it is.
+    There is one prediction for each call, or both halves of a call that sees the batch twice. ``scale`` and
+    ``rescale`` are (), ``noise`` (B, ...). A row that says nothing of the clean sample leaves ``preview``, the last
+    one's, as it is. ``hook`` holds the numbers of the plan's hook, () each; the clean sample is what it leaves, in rows
+    whose solver asks for it.
     """
     # networks that learn the variance return it behind the prediction
     channels = seen.shape[1]
     first, *others = (p.float()[:, :channels] if p.shape[1] != channels else p.float() for p in predictions)
-    if plan.doubled:
+    if plan.doubled and not others:
         with_condition, without = first.chunk(2)
     elif plan.guided:
         with_condition, without = first, others[0]
@@ -73,7 +77,15 @@ def after(
     clean: Tensor = loop.predicted_x0(row, seen, prediction)
     if plan.which is not None:
         clean = torch.where((row.x0 != 0).any(), clean, preview)
-    return loop.advance(row, state, prediction, noise), clean
+    if plan.hook == "none":
+        return loop.advance(row, state, prediction, noise), clean
+    kept = clean_hook.clipped(clean, *hook) if plan.hook == "clip" else _thresholded(plan, clean, hook)
+    return loop.advance(row, state, prediction, noise, kept), torch.where((row.x0_gain != 0).any(), kept, clean)
+
+
+def _thresholded(plan: LoopPlan, clean: Tensor, hook: Sequence[Tensor]) -> Tensor:
+    ratio, largest = hook
+    return clean_hook.thresholded(clean, ratio, largest, plan.sorted)
 
 
 def spread(scale: Tensor, state: Tensor, dtype: str) -> Tensor:

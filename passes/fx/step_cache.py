@@ -95,10 +95,9 @@ class Cached:
 def conditional(module: fx.GraphModule, cut: Cut, policy: Policy) -> Cached:
     """One program, ``step``, with the region in the compute branch of a ``torch.cond``.
 
-    `HastenError` for modules that are skipped one by one: one branch cannot hold what others are computed between.
+    Where modules are skipped one by one, what stands between and behind them is in both branches, which end with the
+    graph's own results.
     """
-    if policy.granularity == "modules":
-        raise HastenError(f"{policy.name} skips modules one by one, which is no one branch; take the form 'straight'")
     state = _states(module, cut, policy)
     return Cached({"step": _Writer(module, cut, policy, state).step()}, tuple(state.values()))
 
@@ -154,8 +153,12 @@ class _Writer:
         self._copy_prologue()
         decided, compute = self._decide()
         now = {**self.state, **decided}
-        after, written = self._cond(now, compute)
-        self._epilogue(after)
+        apart = self.policy.granularity == "modules"
+        behind = self.later if apart else []
+        ends = self._results() if apart else [a for _, a in self.cut.pairs]
+        found, written = self._cond(now, compute, ends, behind)
+        self.copies.update(zip(ends, found, strict=True))
+        self._copy([] if apart else self.later)
         return self._close({**now, **written}, compute)
 
     def decide(self) -> Program:
@@ -183,10 +186,22 @@ class _Writer:
         )
         return decided
 
-    def _cond(self, state: Mapping[str, fx.Node], compute: fx.Node) -> tuple[list[fx.Node], dict[str, fx.Node]]:
-        """Write the conditional node; returns the streams after the region, and the state that a branch writes."""
-        produced = set(self.inside)
-        read = [n for node in self.inside for n in node.all_input_nodes if n not in produced]
+    def _results(self) -> list[fx.Node]:
+        """The graph's own results that are made inside or behind."""
+        made = {*self.inside, *self.later}
+        own = _leaves(self.module.graph.find_nodes(op="output")[0].args[0])
+        return [n for n in dict.fromkeys(own) if n in made]
+
+    def _cond(
+        self, state: Mapping[str, fx.Node], compute: fx.Node, ends: Sequence[fx.Node], behind: Sequence[fx.Node]
+    ) -> tuple[list[fx.Node], dict[str, fx.Node]]:
+        """Write the conditional node; returns ``ends``, and the state that a branch writes.
+
+        ``ends`` are made inside or ``behind``, which is in both branches.
+        """
+        produced = {*self.inside, *behind}
+        region = [n for n in self.cut.after[0].graph.nodes if n in produced]
+        read = [n for node in region for n in node.all_input_nodes if n not in produced]
         tapped = [n for n in (self.cut.tap, self.cut.tap_base) if n is not None and n not in produced]
         live = list(dict.fromkeys([*read, *self.cut.before, *tapped]))
         for node in live:
@@ -196,20 +211,24 @@ class _Writer:
         full = fx.Graph()
         own = _operands(full, operands)
         values = {n: own[self.copies[n]] for n in live}
-        for node in self.inside:
+        for node in region:
             values[node] = full.node_copy(node, lambda n: values[n])
-        after = [_own(full, values[a]) for _, a in self.cut.pairs]
+        values |= {n: _own(full, values[n]) for n in dict.fromkeys((*ends, *(a for _, a in self.cut.pairs)))}
+        after = [values[a] for _, a in self.cut.pairs]
         held = {name: own[node] for name, node in state.items()}
         control = Control(*(own[c] for c in self.control))
         updated = self._observe_and_store(full, values, held, control, after)
-        full.output((*after, *(_own(full, node) for node in updated.values())))
+        full.output((*(values[n] for n in ends), *(_own(full, node) for node in updated.values())))
 
         short = fx.Graph()
         own = _operands(short, operands)
         held = {name: own[node] for name, node in state.items()}
-        given = {n: own[self.copies[n]] for n in self.cut.before}
+        given = {n: own[self.copies[n]] for n in live}
         forwarded = self._reuse(short, given, held, Control(*(own[c] for c in self.control)))
-        short.output((*(_own(short, n) for n in forwarded), *(_own(short, held[name]) for name in updated)))
+        given |= zip((a for _, a in self.cut.pairs), forwarded, strict=True)
+        for node in behind:
+            given[node] = short.node_copy(node, lambda n: given[n])
+        short.output((*(_own(short, given[n]) for n in ends), *(_own(short, held[name]) for name in updated)))
 
         operands = _prune(operands, full, short)
         self.branches = {
@@ -226,8 +245,7 @@ class _Writer:
         for i, value in enumerate(results):
             parts.append(self.graph.call_function(operator.getitem, (cond, i)))
             parts[-1].meta["val"] = value
-        streams = len(self.cut.pairs)
-        return parts[:streams], dict(zip(updated, parts[streams:], strict=True))
+        return parts[: len(ends)], dict(zip(updated, parts[len(ends) :], strict=True))
 
     def _make_contiguous(self, node: fx.Node) -> None:
         """Inductor may lay out anew what it computes; a branch must be given the strides that it was traced with."""

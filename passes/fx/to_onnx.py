@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from hasten.errors import HastenError
 from hasten.passes import ops as _ops  # noqa: F401  (registers torch.ops.hasten)
+from hasten.passes.onnx.detached import detach
 
 if TYPE_CHECKING:
     import onnx
@@ -80,11 +82,13 @@ def onnx_from_graph(
     example_inputs: Sequence[Tensor],
     opset: int | None,
     dynamic_shapes: Any = None,
+    weights: Path | None = None,
 ) -> onnx.ModelProto:
     """Export ``module``, whose graph may hold ``torch.ops.hasten`` nodes, at ``opset`` (None: torch's default).
 
-    ``example_inputs`` and ``dynamic_shapes`` are `torch.export.export`'s, positional. Raises `HastenError` with the
-    exporter's reason where an operator has no ONNX form.
+    ``example_inputs`` and ``dynamic_shapes`` are `torch.export.export`'s, positional. Large weights go straight to the
+    file ``weights`` where one is given, and the model says where they are (`passes.onnx.detached`). Raises
+    `HastenError` with the exporter's reason where an operator has no ONNX form.
     """
     symbolic = _symbolic(module)
     with _quiet(), torch.no_grad():
@@ -102,6 +106,8 @@ def onnx_from_graph(
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise HastenError(f"the graph cannot be written as ONNX at opset {opset}: {reason}") from error
     assert program is not None
+    if weights is not None:
+        detach(program.model, weights)
     return program.model_proto
 
 

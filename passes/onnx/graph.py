@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from hasten.errors import VerificationError
-from hasten.passes.onnx import export, functions, inference, types
+from hasten.passes.onnx import detached, export, functions, inference, types
 from hasten.passes.onnx.tensors import tensors_of
 from hasten.passes.onnx.view import OnnxView
 
@@ -74,7 +75,8 @@ class OnnxGraph:
 
     ir = "onnx"
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, weights: Path | None = None) -> None:
+        """``weights``: the folder of the files that the model's external tensors are in."""
         self.shell = onnx.ModelProto()
         for name in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
             if model.HasField(name):
@@ -97,6 +99,8 @@ class OnnxGraph:
             self._enter(function, template, f"{template.domain}.{template.name}", None)
         for scope in self.scopes:
             _sort(scope)
+            if weights is not None:
+                detached.attach_readers(scope.graph, weights)
         self.names = {t.name for s in self.scopes for t in tensors_of(s.graph)}
         self.node_names = {n.name for s in self.scopes for n in s.graph.nodes}
         self.infer()

@@ -46,11 +46,14 @@ class Read(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read(source: str | os.PathLike[str] | onnx.ModelProto) -> Read:
-    """Load an ONNX model (``.onnxtxt``: ONNX's text format), external data included, or raise `UsageError`."""
+def read(source: str | os.PathLike[str] | onnx.ModelProto, *, detached: bool = False) -> Read:
+    """Load an ONNX model (``.onnxtxt``: ONNX's text format), external data included, or raise `UsageError`.
+
+    ``detached``: a model in memory may have weights in a file, where they stay.
+    """
     if isinstance(source, onnx.ModelProto):
         where = "the given ModelProto"
-        for tensor in _external(source):
+        for tensor in () if detached else _external(source):
             raise UsageError(
                 f"{where}: tensor {tensor.name!r} is in the external file {_entry(tensor, 'location')!r}, "
                 "and a proto has no folder to look in; give the model's path"
@@ -68,13 +71,15 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto) -> Read:
 def write(model: onnx.ModelProto, path: str | os.PathLike[str], *, external: bool | None = None) -> list[Path]:
     """Write ``model``; returns the files.
 
-    Weights above `INLINE_LIMIT`, or all with ``external=True``, go to ``<name>.data`` beside it.
+    Weights above `INLINE_LIMIT`, or all with ``external=True``, go to ``<name>.data`` beside it. What is in another
+    file already stays there.
     Every file is written under a temporary name and renamed when whole. ``model`` is as it was afterwards.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise UsageError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    tensors = [t for t in _all_tensors(model) if t.data_type != onnx.TensorProto.STRING]
+    inside = (t for t in _all_tensors(model) if t.data_location != onnx.TensorProto.EXTERNAL)
+    tensors = [t for t in inside if t.data_type != onnx.TensorProto.STRING]
     apart = external if external is not None else sum(_stored_bytes(t) for t in tensors) > INLINE_LIMIT
     if not apart:
         _replace(path, lambda file: file.write(model.SerializeToString()))
@@ -88,6 +93,11 @@ def write(model: onnx.ModelProto, path: str | os.PathLike[str], *, external: boo
         for tensor in moved:
             _read_tensor(tensor, beside, str(path))
     return [path, beside]
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of all tensors that ``model`` holds, those of branches and bodies among them."""
+    return sum(_stored_bytes(t) for t in _all_tensors(model) if t.data_type != onnx.TensorProto.STRING)
 
 
 def _replace(path: Path, fill: Any) -> None:

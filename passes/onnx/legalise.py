@@ -59,6 +59,8 @@ def _sweep(view: OnnxView, lowerings: Mapping[str, Lowering], context: Context) 
         if op not in lowerings or context.fuel.spent:
             continue
         where, result = view.where(value), lowerings[op](view, value, context)
+        if result is None:
+            continue
         if isinstance(result, Left):
             misses.append(MissSite(where, f"{op}: {result.reason}"))
             continue

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hasten.passes.onnx import contrib
+from hasten.passes.onnx import contrib, lower_sums
 from hasten.passes.onnx.inline import inline
 from hasten.passes.onnx.lowering import Left, Lowered, attributes, heads_last, merged, only_user, operands
 
@@ -204,6 +204,8 @@ CPU = {
     "hasten.Gelu": gelu,
     "hasten.Geglu": geglu,
     "hasten.UpsampleConv2d": upsample_conv2d,
+    "ReduceMean": lower_sums.mean_of_absolutes,
+    "Add": lower_sums.weighted_sum,
     **contrib.WITHOUT_CPU_KERNEL,
 }
 """Operator -> how it is written for ONNX Runtime on a CPU."""

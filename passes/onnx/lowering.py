@@ -26,7 +26,8 @@ class Left:
     reason: str
 
 
-Lowering = Callable[["OnnxView", str, "Context"], "Lowered | Left"]
+Lowering = Callable[["OnnxView", str, "Context"], "Lowered | Left | None"]
+"""None: the node is no site, and nothing is said of it."""
 
 
 def only_user(view: OnnxView, value: str) -> str | None:

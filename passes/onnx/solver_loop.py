@@ -100,7 +100,7 @@ class _Writer:
         (latents,) = self._trace(self.main, "result", finished, output, state, self.painting)
         self.main.append(self._identity(latents.name, RESULT))
         *held, preview = (v._replace(name=end) for v, end in zip(carried, ends, strict=True))
-        return self._close([latents._replace(name=RESULT), preview, *held])
+        return self._close([Value(RESULT, "float32", self.plan.latents), preview, *held])
 
     def _carried(self) -> list[Value]:
         caches = [s.name for s in names.carried_cache(self.plan, self.kept)]
@@ -134,6 +134,7 @@ class _Writer:
         index, force, *row, seen, sample, time, which, beside = self._trace(
             nodes, "before", before, tuple(rows), self.inputs[FIRST], iteration, held[STATE], self.painting, forced
         )
+        seen = seen._replace(shape=plan.latents)
         fed = {plan.sample.name: sample.name, plan.time.name: time.name, CACHE + "step": index.name}
         fed |= {s.name: v.name for s, v in ((plan.which, which), (plan.beside, beside)) if s is not None}
         if force is not None:
@@ -144,7 +145,7 @@ class _Writer:
                 fed[CACHE + "force"] = self.fresh("loop/followed")
                 nodes.append(self._node("Cast", [calls[0][COMPUTED].name], fed[CACHE + "force"], to=TensorProto.INT64))
             calls.append(self._call(nodes, number, fed, held))
-        predictions = [made[self.prediction.name] for made in calls]
+        predictions = [p for made in calls for p in self._predicted(nodes, made[self.prediction.name])]
         following = {
             value.name + branch: made[NEXT + value.name]
             for branch, made in zip(BRANCHES, calls, strict=False)
@@ -162,13 +163,14 @@ class _Writer:
             z: Any,
             index: Any,
             shown: Any,
+            hook: Any,
             decisions: Any,
             computed: Any,
         ) -> Any:
             from hasten.passes.fx.solver_row import after, noise_of, noted
 
             noise = noise_of(plan, z, index, seen)
-            made = after(plan, loop.Row(*row), state, seen, predictions, scale, rescale, noise, shown)
+            made = after(plan, loop.Row(*row), state, seen, predictions, scale, rescale, noise, shown, hook)
             return *made, None if computed is None else noted(plan, decisions, computed, index)
 
         scale = self.inputs.get(SCALE) if plan.guided else None
@@ -186,6 +188,7 @@ class _Writer:
             noise,
             index,
             held[PREVIEW],
+            tuple(self.inputs[name] for name in names.HOOKS[plan.hook]),
             held.get(DECISIONS),
             calls[0].get(COMPUTED),
         )
@@ -205,6 +208,17 @@ class _Writer:
         made = {name for n in nodes for name in n.output}
         body.value_info.extend(v for v in self.infos if v.name in made)
         return body
+
+    def _predicted(self, nodes: list[onnx.NodeProto], made: Value) -> list[Value]:
+        """What a call predicts, in the loop's own sizes; both halves apart where their sum is not known."""
+        plan = self.plan
+        if not plan.doubled or not isinstance(plan.batch, str):
+            return [made if plan.doubled else made._replace(shape=(plan.batch, made.shape[1], *plan.latents[2:]))]
+        halves = [self.fresh(f"loop/{name}") for name in ("told", "untold")]
+        split = helper.make_node("Split", [made.name], halves, name=f"{halves[0]}/Split", axis=0, num_outputs=2)
+        split.metadata_props.add(key="hasten.rule", value=RULE)
+        nodes.append(split)
+        return [made._replace(name=name, shape=(plan.batch, made.shape[1], *plan.latents[2:])) for name in halves]
 
     def _call(
         self, nodes: list[onnx.NodeProto], number: int, before: Mapping[str, str], held: Mapping[str, Value]

@@ -90,11 +90,10 @@ class Cached:
 def conditional(model: onnx.ModelProto, cut: Cut, policy: Policy) -> Cached:
     """One program, ``step``, with the region in the compute branch of an ``If``.
 
-    The program is ``model`` itself, changed in place. Raises `UsageError` for an opset below 18, `HastenError` for a
-    cut that does not fit the graph or the policy, and for modules that are skipped one by one.
+    The program is ``model`` itself, changed in place. Where modules are skipped one by one, what stands between and
+    behind them is in both branches, which end with the model's own results. Raises `UsageError` for an opset below 18,
+    `HastenError` for a cut that does not fit the graph or the policy.
     """
-    if policy.granularity == "modules":
-        raise HastenError(f"{policy.name} skips modules one by one, which is no one branch; take the form 'straight'")
     writer = _Writer(model, cut, policy)
     return Cached({"step": writer.step()}, tuple(writer.state.values()))
 
@@ -142,6 +141,10 @@ class _Writer:
         known = Known(model)
         self.before = [known.value(name) for name in (*cut.before, *(cut.before[0] for _ in cut.kept))]
         self.after = [known.value(name) for name in leaving]
+        self.apart = not closed
+        made = {name for n in (*self.parts.inside, *self.parts.later) for name in n.output}
+        results = [known.value(v.name) for v in model.graph.output if v.name in made] if self.apart else self.after
+        self.ends = list(dict.fromkeys(results))
         self.signal, self.tap = (known.value(name) if name is not None else None for name in (cut.signal, cut.tap))
         self.state = self._states(known.symbols)
         self.control = Control(*(Value(PREFIX + name, dtype, ()) for name, dtype in CONTROLS.items()))
@@ -156,7 +159,7 @@ class _Writer:
         nodes = list(self.parts.before)
         decided, compute = self._decide(nodes)
         written = self._if(nodes, {**self.held, **decided}, compute)
-        nodes += self.parts.later
+        nodes += [] if self.apart else self.parts.later
         written = {**{n: v.name for n, v in decided.items()}, **written}
         return self._close(self.model, nodes, {n: written[n] for n in self.state if n in written}, compute)
 
@@ -191,20 +194,25 @@ class _Writer:
 
     def _if(self, nodes: list[onnx.NodeProto], state: Mapping[str, Value], compute: Value) -> dict[str, str]:
         """Write the conditional node; returns the names of the state that a branch writes."""
-        inner = {v.name: self.fresh(f"{v.name}/computed") for v in self.after}
-        after = [v._replace(name=inner[v.name]) for v in self.after]
+        behind = self.parts.later if self.apart else []
+        made = {name for n in (*self.parts.inside, *behind) for name in n.output}
+        inner = {v.name: self.fresh(f"{v.name}/computed") for v in self.ends}
+        after = [v._replace(name=inner.get(v.name, v.name)) for v in self.after]
         tap = self.tap._replace(name=inner.get(self.tap.name, self.tap.name)) if self.tap is not None else None
         base = inner.get(self.cut.tap_base or "", self.cut.tap_base)
-        full = [renamed(n, inner) for n in self.parts.inside]
+        full = [renamed(n, inner) for n in self.model.graph.node if not made.isdisjoint(n.output)]
         updated = self._observe_and_store(full, state, tap, base, after)
         short: list[onnx.NodeProto] = []
-        reused = self._reuse(short, state)
+        other = {v.name: reused.name for v, reused in zip(self.after, self._reuse(short, state), strict=True)}
+        other |= {name: self.fresh(f"{name}/reused") for n in behind for name in n.output if name}
+        short = ordered([*short, *(renamed(n, other) for n in behind)])
         written = {name: NEXT + PREFIX + name for name in updated}
-        outputs = [*(v.name for v in self.after), *written.values()]
-        kinds = [*self.after, *(state[name] for name in updated)]
+        outputs = [*(v.name for v in self.ends), *written.values()]
+        kinds = [*self.ends, *(state[name] for name in updated)]
+        computed, reused = ([v._replace(name=names[v.name]) for v in self.ends] for names in (inner, other))
         infos = {v.name: v for v in self.model.graph.value_info}
         branches = {
-            "then_branch": self._branch(full, PREFIX + "compute", [*after, *updated.values()], kinds, infos),
+            "then_branch": self._branch(full, PREFIX + "compute", [*computed, *updated.values()], kinds, infos),
             "else_branch": self._branch(short, PREFIX + "reuse", [*reused, *(state[n] for n in updated)], kinds, {}),
         }
         choice = helper.make_node("If", [compute.name], outputs, name=PREFIX + "cond", **branches)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hasten.errors import UsageError
 from hasten.passes.solvers.caf import caf
-from hasten.passes.solvers.catalog import Entry, parse
+from hasten.passes.solvers.catalog import X0, Entry, parse
 from hasten.passes.solvers.classifier_guidance import classifier_guided
 from hasten.passes.solvers.ddim import ddim
 from hasten.passes.solvers.deis import deis
@@ -118,6 +118,7 @@ def _entry(
     takes_compat: bool = True,
     without: tuple[str, ...] = (),
     starts_late: bool = True,
+    hooked: bool = True,
     **defaults: Any,
 ) -> Entry:
     """An entry for a solver that works on a grid; ``defaults`` are of the grid's options that it sets itself."""
@@ -133,7 +134,7 @@ def _entry(
         return solver(made, prediction=process.prediction, **chosen)
 
     kept = {key: option for key, option in GRID.items() if key not in without}
-    return Entry(summary, {**options, **kept, "compat": COMPAT}, build, starts_late)
+    return Entry(summary, {**options, **kept, **(X0 if hooked else {}), "compat": COMPAT}, build, starts_late)
 
 
 def _of_times(
@@ -153,7 +154,7 @@ def _of_times(
         "end": Option("text", "where the last step goes: no noise, or the training's least", end, choices=ENDS),
         **TIMES,
     }
-    return Entry(summary, {**options, **places, "compat": COMPAT}, build)
+    return Entry(summary, {**options, **places, **X0, "compat": COMPAT}, build)
 
 
 def _ddim(steps: int, bars: Any, **options: Any) -> SolverTable:
@@ -247,7 +248,7 @@ SPLITTING = {
     "order": order(4, 4),
     "weight": Option("number", "how much the guide weighs", 1.0),
 }
-_SPLIT: dict[str, Any] = {"takes_compat": False, "starts_late": False}
+_SPLIT: dict[str, Any] = {"takes_compat": False, "starts_late": False, "hooked": False}
 LTSP = _entry("Wizadwongsa & Suwajanakorn: denoiser, then guide", ltsp, KARRAS_GRID, SPLITTING, **_SPLIT)
 STSP = _entry("the same: half of the guide, denoiser, half", stsp, KARRAS_GRID, SPLITTING, **_SPLIT)
 GUIDED = Entry(
@@ -275,6 +276,7 @@ FLOW_EULER = Entry(
         "sigmas": GRID["sigmas"],
         "times": GRID["times"],
         **FLOW,
+        **X0,
         "compat": COMPAT,
     },
     _flow_euler,

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
 
 from hasten.errors import UsageError, nearest
+from hasten.passes.solvers.hooks import Clip, Threshold, asked
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.table import SolverTable
 from hasten.passes.steps import options
@@ -52,6 +53,15 @@ PRESETS: Mapping[str, str] = {
 }
 """Names in common use, and what they stand for; further options go after them as usual."""
 
+X0: Mapping[str, Option] = {
+    "clip": Option("number", "the largest x0, below as above; inf: none (diffusers: clip_sample_range)", low=0),
+    "threshold": Option(
+        "number", "the quantile that x0 is kept in (diffusers: dynamic_thresholding_ratio)", low=0, high=1
+    ),
+    "largest": Option("number", "the most that the threshold lets through (diffusers: sample_max_value)", low=1),
+}
+"""Options of every solver of one network: what happens to the predicted x0."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -75,6 +85,11 @@ class Request(options.Request):
         read = read_all(self.name, declared, given)
         return Request(self.name, {**self.options, **{key: read[key] for key in given}})
 
+    @property
+    def hook(self) -> Clip | Threshold | None:
+        """What the options ask for x0; `UsageError` where they ask for two things at once."""
+        return asked(*(self.options.get(key) for key in X0))
+
     def build(self, process: Process, steps: int, *, first: int = 0) -> SolverTable:
         """Build the table of ``steps`` steps on ``process``, or what is left of them from step ``first`` on.
 
@@ -82,14 +97,15 @@ class Request(options.Request):
         earlier values starts anew; `UsageError` for solvers that cannot start late (`Entry.starts_late`).
         """
         made = entry(self.name)
+        given = {key: value for key, value in self.options.items() if key not in X0}
         if not first:
-            return made.build(process, steps, **self.options)
+            return replace(made.build(process, steps, **given), hook=self.hook)
         if not made.starts_late:
             late = ", ".join(name for name in _SOLVERS if entry(name).starts_late)
             raise UsageError(f"{self.name} cannot start at step {first}: its start is fixed; those that can: {late}")
         if not 0 < first < steps:
             raise UsageError(f"{self.name}: step {first} is no step to start at; they go from 0 to {steps - 1}")
-        return made.build(process, steps, first=first, **self.options)
+        return replace(made.build(process, steps, first=first, **given), hook=self.hook)
 
 
 def names() -> tuple[str, ...]:
@@ -129,7 +145,9 @@ def parse(text: str) -> Request:
     name, _, rest = text.strip().partition(":")
     preset, _, given = PRESETS.get(name, name).partition(":")
     options = {**_pairs(preset, given), **_pairs(preset, rest)}
-    return Request(preset, read_all(preset, entry(preset).options, options))
+    request = Request(preset, read_all(preset, entry(preset).options, options))
+    _ = request.hook  # refuses what is two hooks at once
+    return request
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

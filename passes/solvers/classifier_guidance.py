@@ -23,12 +23,16 @@ def classifier_guided(table: SolverTable, process: Process, weight: float) -> So
     """Guide a solver of one network on a diffusion process: twice the rows, one latent more.
 
     Levels are the table's own, or where it has none those of ``process`` at its times. `UsageError` for a flow, whose
-    network says nothing of eps by itself, and for a table of several networks.
+    network says nothing of eps by itself, for a table of several networks, and for one that clips or thresholds x0.
     """
     if process.is_flow:
         raise UsageError("classifier guidance here shifts eps, and this model is a flow; guide inside its network")
     if table.network.any():
         raise UsageError("classifier guidance is for solvers of one network; LTSP and STSP have a weight of their own")
+    if table.hook is not None:
+        raise UsageError(
+            f"guided: {table.hook.kind} keeps x0 in its range, and the guide moves it behind the network; leave one out"
+        )
     m, k = len(table), table.width
     own = table.level[:-1]
     level = own if own.any(axis=1).all() else levels(process, table.time)

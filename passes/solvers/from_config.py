@@ -1,4 +1,4 @@
-"""What a diffusers scheduler's configuration means here: a solver of the catalog, a process, and a hook."""
+"""What a diffusers scheduler's configuration means here: a solver of the catalog with its hook on x0, and a process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.errors import UsageError, nearest
-from hasten.passes.solvers.catalog import Request, parse
-from hasten.passes.solvers.hooks import Hook, clip, threshold
+from hasten.passes.solvers.catalog import Request, default, parse
+from hasten.passes.solvers.hooks import Hook
 from hasten.passes.solvers.process import Process
 
 Config = Mapping[str, Any]
@@ -17,18 +17,23 @@ FORMS = {"dpmsolver++": "data", "dpmsolver": "noise", "sde-dpmsolver++": "sde-da
 
 @dataclass(frozen=True)
 class Read:
-    """What was read: ``request.build(process, steps)`` is the table, ``hook`` is for `sample`."""
+    """What was read: ``request.build(process, steps)`` is the table, which has ``hook``."""
 
     request: Request
     process: Process
-    hook: Hook | None
+
+    @property
+    def hook(self) -> Hook | None:
+        """What happens to the predicted x0."""
+        return self.request.hook
 
 
 def read_config(config: Config, solver: str | None = None) -> Read:
     """Read a configuration: ``_class_name`` and the options of that class, with its defaults where they are missing.
 
-    ``solver`` is a request for the catalog to take instead of the class's own; the process and the hook remain those
-    of the configuration, whose class need not be one that there is a solver for. `UsageError` otherwise.
+    ``solver`` is a request for the catalog to take instead of the class's own; the process remains that of the
+    configuration, whose class need not be one that there is a solver for, and so does the hook unless the request has
+    one. `UsageError` otherwise.
     """
     name = str(config.get("_class_name", "configuration"))
     if name not in _CLASSES and solver is None:
@@ -43,17 +48,52 @@ def read_config(config: Config, solver: str | None = None) -> Read:
             f"{name}: the network predicts a variance too (variance_type={config['variance_type']!r}), which the loop "
             "does not split off; give a network whose output is the prediction alone"
         )
-    defaults, describe = _CLASSES.get(name, ({}, lambda config: ""))
-    full = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-    process = Process.of(full)
-    text = describe(full) if solver is None else solver
-    return Read(parse(text), process, _hook(full))
+    full = _full(config)
+    return Read(own(config) if solver is None else hooked(parse(solver), config), Process.of(full))
 
 
-def _hook(config: Config) -> Hook | None:
-    if config.get("thresholding"):
-        return threshold(config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
-    return clip(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+def own(config: Config) -> Request:
+    """The solver and the hook of a configuration, whose class must be one of `CLASSES`."""
+    full = _full(config)
+    return hooked(parse(_CLASSES[full["_class_name"]][1](full)), config)
+
+
+def hooked(request: Request, config: Config) -> Request:
+    """``request`` with the hook of a configuration, unless it says what happens to x0 itself (``clip=inf``: nothing).
+
+    `UsageError` for a solver that cannot have the hook.
+    """
+    full = _full(config)
+    if full.get("thresholding"):
+        ratio, largest = full.get("dynamic_thresholding_ratio", 0.995), full.get("sample_max_value", 1.0)
+        what, given = "thresholds", {"threshold": ratio, "largest": largest}
+    elif full.get("clip_sample"):
+        what, given = "clips", {"clip": full.get("clip_sample_range", 1.0)}
+    else:
+        return request
+    if "clip" not in request.options:
+        raise UsageError(
+            f"the scheduler's configuration {what} x0, which {request.name} cannot; take another solver, or set "
+            f"{'thresholding' if what == 'thresholds' else 'clip_sample'} to false in it"
+        )
+    if any(request.options[key] is not None for key in ("clip", "threshold")):
+        return request
+    return request.with_options(**given)
+
+
+def requested(text: str | None, config: Config, process: Process) -> Request:
+    """The solver that ``text`` asks for, with the hook that ``config`` adds.
+
+    Where it is None, that of ``config`` if it is a configuration of `CLASSES`, else the plain one of ``process``.
+    """
+    if text is None and config.get("_class_name") in _CLASSES:
+        return own(config)
+    return hooked(parse(text or default(process)), config)
+
+
+def _full(config: Config) -> Config:
+    defaults, _ = _CLASSES.get(str(config.get("_class_name")), ({}, None))
+    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
 
 
 def _text(name: str, **options: Any) -> str:

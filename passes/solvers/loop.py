@@ -29,7 +29,8 @@ class Rows(NamedTuple):
     ``kick`` (R, K) make the next state of the state, the prediction and the noise; ``x0`` (R, 2) makes the predicted
     clean sample of input and prediction; ``level`` (R, 2) is the signal and noise level of the network's input, for
     inpainting; ``network`` (R,) numbers the network that is asked, and ``condition`` (R, K) forms its second input, in
-    loops of two networks; ``output`` (K,) forms the result.
+    loops of two networks; ``x0_gain`` (R, K) makes the next state of the clipped or thresholded x0, in loops that have
+    one, and is zero where the prediction alone does; ``output`` (K,) forms the result.
     """
 
     time: Array
@@ -41,14 +42,15 @@ class Rows(NamedTuple):
     level: Array
     network: Array
     condition: Array
+    x0_gain: Array
     output: Array
 
 
 class Row(NamedTuple):
     """One row of `Rows`.
 
-    ``time`` and ``network`` (), ``input`` and ``condition`` (K,), ``carry`` (K, K), ``gain`` and ``kick`` (K,), ``x0``
-    and ``level`` (2,).
+    ``time`` and ``network`` (), ``input`` and ``condition`` (K,), ``carry`` (K, K), ``gain``, ``kick`` and ``x0_gain``
+    (K,), ``x0`` and ``level`` (2,).
     """
 
     time: Array
@@ -60,6 +62,7 @@ class Row(NamedTuple):
     level: Array
     network: Array
     condition: Array
+    x0_gain: Array
 
 
 def padded(
@@ -71,12 +74,14 @@ def padded(
     levels: npt.NDArray[np.float64] | None = None,
     networks: int = 1,
     conditioned: bool = False,
+    hook: str = "none",
 ) -> Rows:
     """Fold ``table`` and round it to float32, padded to ``rows`` and ``history``.
 
     ``time_scale`` multiplies the times: 0.001 for networks that want them from 0 to 1. ``levels`` (M, 2) go into
     ``level``, zeros unless given. ``networks`` is how many the loop has, ``conditioned`` whether the second of them has
-    a second input. `UsageError` for a table that is larger, or asks a network that is not there.
+    a second input, ``hook`` what it can do to x0 (`hooks.KINDS`). `UsageError` for a table that is larger, or asks for
+    what is not there.
     """
     if len(table) > rows:
         raise UsageError(
@@ -98,7 +103,13 @@ def padded(
             "the solver gives the second network a second input, and the loop's has none; build it with one that has "
             "an input 'velocity'"
         )
-    folded = table.fold()
+    if table.hook is not None and table.hook.kind != hook:
+        raise UsageError(
+            f"the solver asks to {table.hook.kind} x0, and the loop was built "
+            + (f"to {hook} it" if hook != "none" else "to leave it as it is")
+            + f"; build it with --solver NAME:{table.hook.kind}=…"
+        )
+    folded, x0_gain = (table.fold(), np.zeros((0, 0))) if table.hook is None else table.on_x0()
 
     def pad(values: npt.NDArray[Any], *shape: int) -> npt.NDArray[np.float32]:
         wide = np.zeros(shape, np.float32)
@@ -115,6 +126,7 @@ def padded(
         level=pad(np.zeros((0, 2)) if levels is None else levels, rows, 2),
         network=pad(folded.network, rows),
         condition=pad(folded.condition, rows, history),
+        x0_gain=pad(x0_gain, rows, history),
         output=pad(folded.output, history),
     )
 
@@ -132,11 +144,13 @@ def combined(weights: Array, state: Array) -> Array:
     return total
 
 
-def advance(row: Row, state: Array, prediction: Array, noise: Array | None) -> Array:
-    """The next state, (K, B, ...); ``prediction`` and ``noise`` are (B, ...) in the state's type."""
+def advance(row: Row, state: Array, prediction: Array, noise: Array | None, x0: Array | None = None) -> Array:
+    """The next state, (K, B, ...); ``prediction``, ``noise`` and ``x0`` are (B, ...) in the state's type."""
     after = _column(row.gain, state) * prediction
     if noise is not None:
         after = after + _column(row.kick, state) * noise
+    if x0 is not None:
+        after = after + _column(row.x0_gain, state) * x0
     for k in range(len(state)):  # one product of (K, B, ...) at a time, not (K, K, B, ...) at once
         after = after + _column(row.carry[:, k], state) * state[k]
     return after

@@ -11,6 +11,9 @@ from hasten.passes.solvers.plan import NEGATIVE, LoopPlan, Shaped
 STATE, FIRST, STOP = "state", "first", "stop"
 SCALE, RESCALE, NOISE, SEED = "guidance_scale", "guidance_rescale", "noise", "seed"
 MASK, KNOWN, KNOWN_NOISE = "mask_image", "image", "image_noise"
+CLIP, RATIO, LARGEST = "x0_clip", "x0_ratio", "x0_largest"
+HOOKS: Mapping[str, tuple[str, ...]] = {"none": (), "clip": (CLIP,), "threshold": (RATIO, LARGEST)}
+"""The numbers of each hook on x0, () float32."""
 RESULT, PREVIEW = "latents", "preview"
 NEXT = "next_"
 CACHE = "cache_"
@@ -27,8 +30,9 @@ def inputs(plan: LoopPlan, kept: Sequence[Shaped], controls: Sequence[Shaped]) -
     ``state`` (K, B, ...) float32; ``first`` and ``stop`` () int64, the rows to be done; the network's own conditions
     and what stands for none (``negative_…``); ``guidance_scale`` and ``guidance_rescale`` (); ``noise`` (R, B, ...) or
     ``seed`` (); ``mask_image`` (B, 1, ...), 1 where pictures are made and 0 where they stay ``image`` (B, ...), which
-    is seen with ``image_noise``; the table (``solver_…``, see `passes.solvers.loop.Rows`); then ``cache_forced`` and
-    ``cache_mask`` (R,) int64, the controls, and what each branch keeps.
+    is seen with ``image_noise``; ``x0_clip`` (), or ``x0_ratio`` and ``x0_largest`` (); the table (``solver_…``, see
+    `passes.solvers.loop.Rows`); then ``cache_forced`` and ``cache_mask`` (R,) int64, the controls, and what each branch
+    keeps.
     """
     r, k = plan.rows, plan.history
     found = [Shaped(STATE, "float32", (k, *plan.latents)), Shaped(FIRST, "int64", ()), Shaped(STOP, "int64", ())]
@@ -46,7 +50,8 @@ def inputs(plan: LoopPlan, kept: Sequence[Shaped], controls: Sequence[Shaped]) -
     if plan.inpaint:
         found += [Shaped(MASK, "float32", (plan.batch, 1, *plan.latents[2:]))]
         found += [Shaped(name, "float32", plan.latents) for name in (KNOWN, KNOWN_NOISE)]
-    columns = Rows((r,), (r, k), (r, k, k), (r, k), (r, k), (r, 2), (r, 2), (r,), (r, k), (k,))._asdict()
+    found += [Shaped(name, "float32", ()) for name in HOOKS[plan.hook]]
+    columns = Rows((r,), (r, k), (r, k, k), (r, k), (r, k), (r, 2), (r, 2), (r,), (r, k), (r, k), (k,))._asdict()
     if plan.noise == "none":
         del columns["kick"]
     if not plan.inpaint:
@@ -55,6 +60,8 @@ def inputs(plan: LoopPlan, kept: Sequence[Shaped], controls: Sequence[Shaped]) -
         del columns["network"]
     if plan.beside is None:
         del columns["condition"]
+    if plan.hook == "none":
+        del columns["x0_gain"]
     found += [Shaped(TABLE + name, "float32", shape) for name, shape in columns.items()]
     if controls or kept:
         found += [Shaped(FORCED, "int64", (r,)), Shaped(DECISIONS, "int64", (r,))]

@@ -69,6 +69,7 @@ def picard(
     if acceleration < 0:
         raise UsageError(f"picard: acceleration is {acceleration}; it counts earlier sweeps, 0 for none")
     anderson = Anderson(acceleration) if acceleration else None
+    hook = hook or table.hook
     moved, rows = transport(table), table if hook else table.fold()
     kicks = dict(zip(table.noisy, noise if noise is not None else (), strict=True))
     wide = widened(x)

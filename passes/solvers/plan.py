@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.errors import UsageError, nearest
+from hasten.passes.solvers.hooks import KINDS
 
 GUIDANCE = ("none", "batched", "sequential", "embedded")
 """``batched``: one call of twice the batch, the conditional half first. ``sequential``: two calls. ``embedded``: a
@@ -34,7 +35,8 @@ class LoopPlan:
     ``conditions`` are the caller's inputs with a value for each picture, ``shared`` those without. ``inpaint``: the
     loop keeps a given part of the pictures. ``follow``: a second call's step cache does what the first one's did.
     ``which`` is the input that takes the number of the network, where there are two in one, and ``beside`` the second
-    picture that the second of them sees, if it does.
+    picture that the second of them sees, if it does. ``hook`` is what the loop can do to x0 (`hooks.KINDS`), and
+    ``sorted`` how many of the largest values of a picture it puts in order for the threshold.
     """
 
     rows: int
@@ -52,6 +54,8 @@ class LoopPlan:
     follow: bool = False
     which: Shaped | None = None
     beside: Shaped | None = None
+    hook: str = KINDS[0]
+    sorted: int = 0
 
     @property
     def doubled(self) -> bool:

@@ -48,12 +48,13 @@ def sample(
 
     ``y`` has x's shape and type, ``t`` is a float from the table's time column, and the network's output may have any
     floating type. ``noise`` holds one unit-noise array for each of ``table.noisy``. ``hook(x0)`` replaces the predicted
-    x0 before the solver uses it: see `hooks`. ``callback(i, t, x)`` sees the latents after every evaluation; what it
-    raises ends the loop. A table of several networks takes a sequence of them; one that has a second input is called
-    ``network(y, t, condition)``.
+    x0 before the solver uses it, the table's own unless given: see `hooks`. ``callback(i, t, x)`` sees the latents
+    after every evaluation; what it raises ends the loop. A table of several networks takes a sequence of them; one that
+    has a second input is called ``network(y, t, condition)``.
     """
     networks = [denoise] if callable(denoise) else list(denoise)
     check_call(table, len(networks), 0 if noise is None else len(noise))
+    hook = hook or table.hook
     table = table if hook else table.fold()
     wide = widened(x)
     state = [wide * table.init, *(wide * 0.0 for _ in range(table.width - 1))]

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import UsageError
+from hasten.passes.solvers.hooks import Clip, Threshold
 
 Array = npt.NDArray[np.float64]
 
@@ -45,7 +46,8 @@ class SolverTable:
     previews (default: m is x0). ``direct`` (M, K) adds ``direct[i] * f``, past a hook. ``network`` (M,) numbers the
     network that row i evaluates and ``condition`` (M, K) forms its second input, for methods with several networks;
     a network has one where any of its rows does. ``level`` (M + 1, 2) are signal and noise of what the network sees,
-    and of the result; zero where that is not known.
+    and of the result; zero where that is not known. ``hook`` is what happens to the predicted x0 before the solver uses
+    it, which the coefficients do not hold.
     """
 
     time: Array
@@ -62,6 +64,7 @@ class SolverTable:
     condition: Array = field(default_factory=_unset)
     level: Array = field(default_factory=_unset)
     network: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    hook: Clip | Threshold | None = None
 
     def __post_init__(self) -> None:
         m, k = len(self.time), len(self.output)
@@ -114,6 +117,7 @@ class SolverTable:
     def fold(self) -> SolverTable:
         """Move the conversion of the network's output into A and B: the same sampler with ``cy = 0``, ``cf = 1``.
 
+        A hook has no place in it, so that what applies one takes the table as it is, or `on_x0`.
         Folding in float64 also spares a low-precision loop the cancellation of ``(y - b f) / a`` at the noisy end.
         """
         return replace(
@@ -125,6 +129,22 @@ class SolverTable:
             cy=np.zeros(len(self)),
             cf=np.ones(len(self)),
         )
+
+    def on_x0(self) -> tuple[SolverTable, Array]:
+        """Let the solver take x0 itself: ``S = A[i] @ S + B[i] * f + C[i] * z + gain[i] * x0`` over y, f and x0.
+
+        Returns that table, ``cy = 0`` and ``cf = 1``, and ``gain`` (M, K); its ``clean`` makes x0 of y and f, on which
+        the hook acts before ``gain`` does. `UsageError` for a row whose integrand says nothing about x0.
+        """
+        of_input, of_integrand = self.clean.T
+        if not of_integrand.all():
+            row = int(np.flatnonzero(of_integrand == 0)[0])
+            raise UsageError(
+                f"row {row} of the solver says nothing about x0, so nothing can clip or threshold it; sample without"
+            )
+        gain = self.B / of_integrand[:, None]
+        kept = self.A - (gain * of_input[:, None])[:, :, None] * self.input[:, None, :]
+        return replace(self.fold(), A=kept, B=self.direct), gain
 
     @classmethod
     def from_scheduler(

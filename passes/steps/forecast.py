@@ -51,15 +51,15 @@ class _Forecast:
         return before + forecast if self.of == "residual" else forecast
 
     def weights(self, calls: Array, control: Control) -> Sequence[Array]:
-        """The weight of each stored tensor, 0-d float32. ``calls`` (K,) int64."""
+        """The weight of each stored tensor, 0-d float32 or together (K,). ``calls`` (K,) int64."""
         raise NotImplementedError
 
 
 def weighted_sum(weights: Sequence[Array], stored: Array) -> Array:
     """``sum_i weights[i] * stored[i]``, summed in float32 in that order; (K, *shape) -> (*shape)."""
     total = weights[0] * as_float32(stored[0])
-    for i, weight in enumerate(weights[1:], 1):
-        total = total + weight * as_float32(stored[i])
+    for i in range(1, len(weights)):
+        total = total + weights[i] * as_float32(stored[i])
     return cast_like(total, stored)
 
 
@@ -134,9 +134,8 @@ class Chebyshev(_Forecast):
             span = xp.full_like(step, self.span)
         fitted = self._fit(numbers * 2 / span - 1, known, step * 2 / span - 1) * self.mix
         slope = (step - numbers[0]) / (numbers[0] - numbers[1]) * known[1] * (1 - self.mix)
-        weights = [fitted[i] for i in range(self.history)]
-        weights[0] = weights[0] + slope + (1 - self.mix)
-        weights[1] = weights[1] - slope
+        linear = xp.concatenate((xp.stack((slope + (1 - self.mix), -slope)), xp.zeros_like(fitted[2:])))
+        weights: Sequence[Array] = fitted + linear
         return weights
 
     def _fit(self, at: Array, known: Array, wanted: Array) -> Array:

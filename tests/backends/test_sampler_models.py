@@ -140,5 +140,6 @@ def test_a_tensorrt_rtx_plan_of_a_real_unet_holds_the_loop(tmp_path: Any) -> Non
     assert plan < 1.1 * 2 * adapter.parameters  # each weight once
     if not audit["readable"]:
         pytest.skip(audit["reason"])
+    assert audit["bytes"]["rest"] < 1.05 * audit["weight_bytes"]
     assert (audit["counts"]["gemm_mha"], audit["counts"]["SiluGnor"]) == (32, 45)
     assert audit["counts"]["cjmp"] > 2

@@ -77,3 +77,8 @@ def test_a_tensorrt_rtx_plan_holds_it_all(adapter: Adapter, tmp_path: Any) -> No
         pytest.skip(audit["reason"])
     assert audit["counts"]["cjmp"] > 1
     assert audit["stream_capturable"] is False
+    # both branches, the loop and the guidance's two halves share one copy; most of the plan is the source of kernels
+    weights = sum(p.nbytes for p in adapter.module().parameters())
+    assert weights < audit["weight_bytes"] < 1.05 * weights
+    assert audit["bytes"]["rest"] < 1.05 * audit["weight_bytes"]
+    assert audit["bytes"]["plan"] == (engine.path / engine.manifest.artifact).stat().st_size

@@ -82,6 +82,21 @@ def test_audit_counts_every_kind():
             "runtime_fusion": 0,
             "cjmp": 0,
         },
+        "bytes": {"plan": len(PROGRAM) + 7, "kernels": 0, "program": len(PROGRAM), "rest": 7},
+    }
+
+
+def test_audit_tells_the_source_of_kernels_from_weights():
+    """Text around ``__global__`` is a kernel's, however long; text without it, or that ends, is not."""
+    first = b"#include <cuda>\n" + 40000 * b"// a\n" + b"\t__global__ void a() {}\n__global__ void b() {}"
+    second = b"__global__ void c() {}"
+    weights = bytes(range(256)) * 300
+    plan = b"vtrt\0" + PROGRAM + b"\0" + first + weights + b"\0names of layers\0" + second
+    assert audit(plan)["bytes"] == {
+        "plan": len(plan),
+        "kernels": len(first) + len(second),
+        "program": len(PROGRAM),
+        "rest": len(plan) - len(first) - len(second) - len(PROGRAM),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import hasten
 from hasten.backends.sampler import Sampler
 from hasten.backends.sampling import Second
 from hasten.errors import UsageError
+from hasten.models import registry
+from hasten.models.scenes import noisy_classifier
 from hasten.passes.fx.gradient import LogProbabilityGradient
 from hasten.passes.solvers.caf import caf
 from hasten.passes.solvers.classifier_guidance import classifier_guided
@@ -189,3 +192,36 @@ def test_one_network_is_not_asked_for_a_second(tmp_path: Any) -> None:
     with pytest.raises(UsageError, match="the solver calls a second network, and the loop has one"):
         sampler(solver="stsp", class_labels=LABELS)
     assert sampler.latents_shape == SHAPE
+
+
+def test_a_tensorrt_rtx_plan_holds_both_networks(tmp_path: Any) -> None:
+    """Built without a GPU and never run: each network is behind a jump of the row's choice, its weights once."""
+    pytest.importorskip("tensorrt_rtx")
+    sampler = build(tmp_path / "engine", "tensorrt-rtx:sm89")
+    audit = sampler.engine.manifest.audit
+    assert audit is not None
+    assert (sampler.loop["networks"], sampler.loop["conditions"]) == (2, ["class_labels", "guide_labels"])
+    assert audit["layers"]["TRIP_LIMIT"] > 0
+    assert audit["layers"]["CONDITION"] == 1
+    if not audit["readable"]:
+        pytest.skip(audit["reason"])
+    assert audit["counts"]["cjmp"] > 1
+    assert audit["behind_jumps"]["corrltn"] >= 2
+    assert audit["stream_capturable"] is False
+
+
+@pytest.mark.slow
+def test_a_tensorrt_rtx_plan_holds_scenes_unet_and_its_noisy_classifier(tmp_path: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    unet = dataclasses.replace(registry.get("scenes-unet"), batch=4)
+    sampling = hasten.Sampling(
+        "stsp:weight=8,spacing=leading,offset=1", steps=10, second=Second(*noisy_classifier.guide(4))
+    )
+    engine = hasten.build(unet, target="tensorrt-rtx:sm89", out=tmp_path / "engine", sampling=sampling)
+    audit = engine.manifest.audit
+    assert audit is not None
+    assert audit["layers"]["CONDITION"] == 1
+    if not audit["readable"]:
+        pytest.skip(audit["reason"])
+    assert audit["behind_jumps"]["SiluGnor"] == audit["counts"]["SiluGnor"] == 17
+    assert audit["bytes"]["rest"] < 1.05 * audit["weight_bytes"]

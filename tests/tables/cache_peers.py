@@ -7,8 +7,10 @@ whole, or with its blocks compiled one by one, as both libraries advise.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +44,9 @@ class PeerDenoise:
         self.model = load(adapter.name).eval().requires_grad_(False)
         self.kind = specification(adapter.name)["class"]
         self.calls = 0
-        self._time: list[float] = [0.0]
-        self.model.now = lambda: self._time[0]  # type: ignore[assignment]
+        # A tensor, as pipelines have it: of a float, each new value would be compiled for anew.
+        self._time = torch.zeros(())
+        self.model.now = lambda: self._time  # type: ignore[assignment]
         self._begin = peer.apply(self.model) if peer is not None else lambda: None
         self.counted = form == "eager"
         if self.counted:
@@ -61,11 +64,11 @@ class PeerDenoise:
         return self.calls if self.counted else None
 
     def begin(self) -> None:
-        self.calls, self._time[0] = 0, 0.0
+        self.calls, self._time = 0, torch.zeros(())
         self._begin()
 
     def __call__(self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        self._time[0] = float(times[0])
+        self._time = times[0].clone()
         if self.flip:  # FasterCache wants the half without a label first
             x, times, condition = (torch.cat(t.chunk(2)[::-1]) for t in (x, times, condition))
         made: torch.Tensor = self._forward(**self._named(x, times, condition), return_dict=False)[0]
@@ -75,7 +78,9 @@ class PeerDenoise:
         if self.kind == "UNet2DModel":
             return {"sample": x, "timestep": times, "class_labels": condition}
         if self.kind == "LatteTransformer3DModel":
-            return {"hidden_states": x, "timestep": times, "encoder_hidden_states": condition}
+            named = {"hidden_states": x, "timestep": times, "encoder_hidden_states": condition}
+            paired = isinstance(self.model.temporal_transformer_blocks, list)
+            return {**named, "enable_temporal_attentions": False} if paired else named
         return {"hidden_states": x, "timestep": times, "class_labels": condition}
 
     def _count(self, *_: object) -> None:
@@ -95,8 +100,8 @@ def _last_work(model: nn.Module) -> nn.Module:
     if hasattr(model, "up_blocks"):
         found: nn.Module = model.mid_block.resnets[0].conv1
         return found
-    blocks = getattr(model, "temporal_transformer_blocks", model.transformer_blocks)
-    return blocks[-1].ff.net[0]
+    last = getattr(model, "temporal_transformer_blocks", model.transformer_blocks)[-1]
+    return getattr(last, "temporal", last).ff.net[0]
 
 
 def peers(name: str, ratios: Sequence[float]) -> list[Peer]:
@@ -104,10 +109,29 @@ def peers(name: str, ratios: Sequence[float]) -> list[Peer]:
     if name == "scenes-unet":
         return [*_attention_caches(), *_taylorseer("output")]
     if name == "scenes-video":
-        return [*_attention_caches(temporal=True)]
+        pairs = [_first_block(t) for t in (0.05, 0.1, 0.2, 0.3)]
+        pairs += [_magcache(t, k, ratios) for t, k in ((0.06, 3), (0.12, 3), (0.4, 6))]
+        pairs += _cache_dit()
+        own = [*_taylorseer("attentions"), *_attention_caches(temporal=True)]
+        return [*(replace(p, apply=_on_pairs(p.apply)) for p in pairs), *own]
     blocks = [_first_block(t) for t in (0.07, 0.1, 0.15, 0.2, 0.3)]
     blocks += [_magcache(t, k, ratios) for t, k in ((0.03, 3), (0.12, 3), (0.2, 4), (0.4, 6), (0.8, 6))]
     return [*blocks, *_taylorseer("attention"), *_attention_caches(), *_cache_dit()]
+
+
+def _on_pairs(apply: Callable[[nn.Module], Callable[[], None]]) -> Callable[[nn.Module], Callable[[], None]]:
+    """On Latte with its two rows of blocks as one of pairs, which libraries that know only rows of blocks can take."""
+
+    def paired(model: nn.Module) -> Callable[[], None]:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "backends"))
+        import latte_pairs
+
+        TransformerBlockRegistry.register(latte_pairs.Pair, TransformerBlockMetadata(return_hidden_states_index=0))
+        return apply(latte_pairs.paired(model, model.config.video_length))
+
+    return paired
 
 
 def _hooks(model: nn.Module) -> Callable[[], None]:
@@ -149,6 +173,7 @@ def _magcache(threshold: float, most: int, ratios: Sequence[float]) -> Peer:
 
 TAYLOR_MODULES: Mapping[str, Sequence[str]] = {
     "attention": (r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"),
+    "attentions": (r"(temporal_)?transformer_blocks\.\d+\.attn[12]", r"(temporal_)?transformer_blocks\.\d+\.ff"),
     "output": (r"conv_out",),
 }
 """What TaylorSeer predicts: its default patterns meet no module of these models. ``conv_out`` predicts the whole result
@@ -231,6 +256,7 @@ def _cache_dit() -> list[Peer]:
             import cache_dit
             from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
             from cache_dit.caching.patch_functors import DiTPatchFunctor
+            from diffusers import DiTTransformer2DModel
 
             def config() -> Any:
                 return DBCacheConfig(
@@ -242,12 +268,15 @@ def _cache_dit() -> list[Peer]:
                     steps_computation_mask=[int(b) for b in mask] if mask else None,
                 )
 
+            named: dict[str, Any] = {"check_forward_pattern": False}  # of pairs, which it does not know
+            if isinstance(model, DiTTransformer2DModel):
+                named = {"patch_functor": DiTPatchFunctor()}
             adapter = BlockAdapter(
                 pipe=None,
                 transformer=model,
                 blocks=model.transformer_blocks,
                 forward_pattern=ForwardPattern.Pattern_3,
-                patch_functor=DiTPatchFunctor(),
+                **named,
             )
             calibrator = {"calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=order)} if order else {}
             cache_dit.enable_cache(adapter, cache_config=config(), **calibrator)

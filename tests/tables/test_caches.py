@@ -4,7 +4,7 @@ import json
 
 import pytest
 from cache_render import BEGIN, END, merged, render
-from cache_settings import settings
+from cache_settings import MASKS, settings
 
 from hasten.passes.steps.catalog import parse
 
@@ -79,3 +79,29 @@ def test_every_setting_can_be_asked_for_and_is_told_apart(name, tmp_path):
         policy = parse(setting.build)
         assert (setting.mask is None) == (policy.decision.mask(50) is None)
         assert setting.mask is None or len(setting.mask) == 50
+
+
+MASK_FILES = sorted(MASKS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", MASK_FILES, ids=lambda path: path.stem)
+def test_a_mask_that_is_kept_is_what_its_name_says(path, tmp_path):
+    model, _, payload, computed = path.stem.rsplit("-", 3)
+    policy = parse(str(path))
+    assert sum(policy.decision.mask(50)) == int(computed)
+    assert policy.payload.name == {"fitted": "table"}.get(payload, payload)
+    assert path.stat().st_size < 8000
+    told = f"{computed} of 50, output, {payload}"
+    assert [s.method for s in settings(model, 50, tmp_path) if s.setting == told] == ["searched mask"]
+
+
+def test_own_calibrations_go_before_masks_that_are_kept(tmp_path):
+    path = MASK_FILES[0]
+    found = json.loads(path.read_text())
+    (tmp_path / path.name).write_text(json.dumps({**found, "steps": 40}))
+    model, *_ = path.stem.rsplit("-", 3)
+    own, kept = (
+        {s.setting for s in settings(model, 50, folder) if s.method == "searched mask"}
+        for folder in (tmp_path, tmp_path / "none")
+    )
+    assert len(own) == len(kept) - 1

@@ -59,6 +59,11 @@ def test_build_puts_an_onnx_model_and_what_it_was_trained_on_into_an_engine(hast
     names = ["sample", "timestep", "prompt"]
     torch.onnx.export(Net(), examples, source, dynamo=True, input_names=names, output_names=["out"], verbose=False)
     words = ("build", source, "--target", "onnxruntime:cpu", "--solver", "unipc", "--steps", 7, "--guidance", 3)
+    shape = {"latent_channels": 3, "sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = pytest.importorskip("diffusers").AutoencoderKL(**shape, **blocks, scaling_factor=0.5).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    words = (*words, "--decoder", tmp_path / "vae")
     done = hasten(*words, "--scheduler", config, "--rows", 9, "-o", tmp_path / "engine", "-q")
     assert done.code == 0, done.err
     sampler = sampler_of(load(tmp_path / "engine"))
@@ -73,8 +78,12 @@ def test_build_puts_an_onnx_model_and_what_it_was_trained_on_into_an_engine(hast
         told, untold = Net()(x, t, prompt), Net()(x, t, negative)
         return untold + 3.0 * (told - untold)
 
-    made = sampler(prompt=prompt, negative_prompt=negative, latents=unit).latents
-    torch.testing.assert_close(made, sample(denoise, table, unit), rtol=2e-5, atol=2e-5)
+    made = sampler(prompt=prompt, negative_prompt=negative, latents=unit)
+    torch.testing.assert_close(made.latents, sample(denoise, table, unit), rtol=2e-5, atol=2e-5)
+    with torch.no_grad():
+        expected = vae.decode(made.latents / 0.5, return_dict=False)[0]
+    assert made.pixels is not None
+    torch.testing.assert_close(made.pixels, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +91,12 @@ def test_build_puts_an_onnx_model_and_what_it_was_trained_on_into_an_engine(hast
     [
         (["build", "scenes-dit", "--steps", "5"], "--steps is of a sampler; say which: --solver NAME"),
         (["build", "scenes-dit", "--inpaint"], "--inpaint is of a sampler; say which: --solver NAME"),
+        (["build", "scenes-dit", "--decoder", "own"], "--decoder is of a sampler; say which: --solver NAME"),
+        (
+            ["build", "sd15-unet-reduced", "--solver", "unipc", "--decoder", "own"],
+            "decoder 'own' is that of a bundled model (scenes-unet, scenes-dit, scenes-video), and this is sd15-",
+        ),
+        (["build", "scenes-dit", "--solver", "unipc", "--decoder", "scenes-unet"], "decoder 'scenes-unet' is a "),
         (["build", "scenes-dit", "--solver", "unipk"], "no solver named 'unipk'; solvers: "),
         (["build", "scenes-dit", "--solver", "ddim"], "ddim is for diffusion processes, and this model is a flow"),
         (

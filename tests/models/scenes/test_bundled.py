@@ -24,7 +24,6 @@ def test_every_class_is_drawn(name):
     assert (images[:16] - images[16:]).abs().flatten(1).mean(1).min() > 0.02
 
 
-@pytest.mark.xfail(strict=True, reason="the training of the clips' model is not finished: README says how far it is")
 def test_clips_show_the_shape_the_colour_and_the_speed_asked_for():
     adapter = get("scenes-video")
     assert adapter.trained
@@ -46,7 +45,6 @@ def test_the_quality_kept_is_that_of_the_weights(name):
     assert (FOLDER / f"{name}.safetensors").stat().st_size < 8_000_000
 
 
-@pytest.mark.xfail(strict=True, reason="the training of the clips' model is not finished: README says how far it is")
 def test_the_quality_kept_of_clips_is_that_of_the_weights():
     kept = json.loads(evaluate.QUALITY.read_text())["scenes-video"]
     assert kept["training_steps"] == evaluate.training_steps("video")

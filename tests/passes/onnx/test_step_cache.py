@@ -449,10 +449,19 @@ def test_modules_are_skipped_one_by_one_without_a_branch() -> None:
     keep(state, first)
     (again,) = reuse({"x": x + 1, **state}).values()
     np.testing.assert_allclose(again, np.sin(np.tanh(x)) + x + 1 + state["cache_value_1"], atol=1e-6)
-    with pytest.raises(
-        HastenError, match=r"^fora skips modules one by one, which is no one branch; take the form 'str"
-    ):
-        conditional(by_hand(body), cut, policy)
+    made = conditional(by_hand(body), cut, policy)
+    assert [t.name for t in made.state] == ["cache_value", "cache_value_1"]
+    graph = made.programs["step"].model.graph
+    (choice,) = (n for n in graph.node if n.op_type == "If")
+    branches = {a.name: [n.op_type for n in a.g.node] for a in choice.attribute}
+    assert (branches["then_branch"].count("Tanh"), branches["else_branch"].count("Tanh")) == (2, 0)
+    step, carried = Session(made.programs["step"].model), fresh(made)
+    computed = step({"x": x, **carried, **control(0, 0.0)})
+    keep(carried, computed)
+    np.testing.assert_array_equal(computed["y"], first["y"])
+    reused = step({"x": x + 1, **carried, **control(1, 0.0)})
+    assert not reused["cache_computed"]
+    np.testing.assert_array_equal(reused["y"], again)
 
 
 def test_values_kept_beside_the_stream_and_a_signal_over_a_base() -> None:

@@ -1,12 +1,15 @@
 """Clipping and thresholding, in numpy and torch, and where the loop applies them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from hasten.passes.solvers.caf import caf
-from hasten.passes.solvers.catalog import build, names
+from hasten.passes.solvers.catalog import build, names, parse
 from hasten.passes.solvers.hooks import clip, threshold
+from hasten.passes.solvers.picard import picard
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
 
@@ -94,3 +97,31 @@ def test_stsp_without_a_guide_is_plms_of_its_order():
     assert not np.allclose(eps_alone, first, rtol=1e-4)
     assert (stsp.network == 0).sum() == 9
     assert (stsp.network == 1).sum() == 17  # twice a step; at the end without noise it has no say
+
+
+@pytest.mark.parametrize("text", ["ddim:clip=0.5,keep_eps=true", "dpm++2m:threshold=0.9,largest=2", "unipc:clip=0.7"])
+def test_a_table_brings_its_hook(text):
+    hook = clip(float(text.partition("clip=")[2].partition(",")[0])) if "clip" in text else threshold(0.9, 2.0)
+    table, x = build(text, V, 6), 3 * np.random.default_rng(1).normal(size=(2, 6))
+    assert table.hook == hook
+    assert build(str(parse(text)), V, 6).hook == hook
+    made = sample(lambda y, t: np.tanh(y), table, x)
+    bare = replace(table, hook=None)
+    assert np.array_equal(made, sample(lambda y, t: np.tanh(y), bare, x, hook=hook))
+    assert not np.allclose(made, sample(lambda y, t: np.tanh(y), bare, x))
+    assert np.array_equal(made, picard(lambda y, t: np.tanh(y), table, x, window=6, tolerance=0).result)
+    assert build(text.partition(":")[0] + ":clip=inf", V, 6).hook is None
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddim:keep_eps=true", "dpm-2m", "unipc", "heun", "dpm++2m-sde"])
+def test_a_solver_of_x0_is_the_same_solver(name):
+    """What a compiled loop is given, with x0 as it is."""
+    table = build(name, V, 6)
+    on_x0, gain = table.on_x0()
+    for i in range(len(table)):
+        f, y = np.full(1, 0.3), np.full(1, -0.8)
+        x0 = on_x0.clean[i] @ np.concatenate([y, f])
+        state = np.concatenate([y, np.full(table.width - 1, 0.2)])
+        folded = table.fold()
+        expected = folded.A[i] @ state + folded.B[i] * f
+        assert np.allclose(on_x0.A[i] @ state + on_x0.B[i] * f + gain[i] * x0, expected, rtol=1e-9, atol=1e-12)

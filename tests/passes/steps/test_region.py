@@ -38,7 +38,7 @@ TINY = {
     "sana": ("SanaTransformer", {"num_layers": 4}, 4),
 }
 """Name -> configuration, what is changed of it, and how many blocks that makes."""
-BUNDLED = {"scenes-dit": 6, "scenes-video": 6}
+BUNDLED = {"scenes-dit": 6, "scenes-video": 12}
 REGISTERED = {"dit-xl-2": 28, "pixart-alpha": 28, "latte": 56, "stable-audio-dit": 24, "flux-dev": 57}
 DYNAMO = ("flux", "latte", "sd3", "wan", "scenes-dit", "scenes-video")
 

@@ -18,7 +18,7 @@ from hasten.passes.onnx.graph import OnnxGraph
 from hasten.passes.steps.region import find
 from hasten.passes.steps.wish import Wish
 
-BLOCKS = {"scenes-dit": 6, "scenes-video": 6, "flux": 5, "sd3": 4}
+BLOCKS = {"scenes-dit": 6, "scenes-video": 12, "flux": 5, "sd3": 4}
 CASES = [
     ("scenes-dit", 20),
     ("scenes-video", 23),
@@ -151,7 +151,7 @@ def test_taps_and_modules(name, opset):
     assert "hidden_states" in modulated.signal.inputs
     assert modulated.kinds[modulated.signal.value].shape == modulated.kinds[modulated.before[0]].shape
     modules = find(data, "modules")
-    assert len(modules.after) == {"scenes-dit": 12, "scenes-video": 15}[name]
+    assert len(modules.after) == {"scenes-dit": 12, "scenes-video": 30}[name]
     check_split(name, opset, modules)
 
 
