@@ -19,6 +19,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.backends import build_checks
 from hasten.backends.choosing import Choosing
 from hasten.backends.decoder import Decoder
 from hasten.backends.directory import WAIT_SECONDS, publish
@@ -29,8 +30,8 @@ from hasten.backends.sampling import Looping, Sampling, Second, looped
 from hasten.backends.shapes import Profile, Shapes, check_profiles, evaluate, format_shape, parse_profiles
 from hasten.backends.source import Origin, kind_of, origin_of
 from hasten.backends.step_cache import Caching
-from hasten.backends.target import DTYPES, Target, parse_target, supports
-from hasten.errors import UsageError, nearest
+from hasten.backends.target import Target, parse_target
+from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     import onnx
@@ -92,18 +93,16 @@ def build(
     Raises the `HastenError` that says what cannot be meant, captured, built or written; then nothing is left behind.
     """
     parsed = parse_target(target)
-    if sampling is not None and parsed.backend == "torch-tensorrt":
-        raise UsageError(
-            f"target {parsed} has no loops; build the sampler for aoti, onnxruntime, tensorrt or tensorrt-rtx"
-        )
-    _refuse_without_runtime(parsed)
+    if sampling is not None:
+        build_checks.loops(parsed)
+    build_checks.without_runtime(parsed)
     if dtype is not None:
-        _check_dtype(dtype, parsed)
+        build_checks.check_dtype(dtype, parsed)
     if options and parsed.backend != "aoti":
         raise UsageError(f"options: Inductor's, for aoti targets; the target is {parsed}")
     kind = kind_of(source, weights)
     if kind == "onnx":
-        _refuse_for_onnx(parsed, dtype, dynamic_shapes, example_inputs, example_kwargs)
+        build_checks.for_onnx(parsed, dtype, dynamic_shapes, example_inputs, example_kwargs)
     elif shapes is not None:
         raise UsageError("shapes: for ONNX sources; the sizes of a PyTorch source are those of its example inputs")
     job = _Job(
@@ -113,7 +112,7 @@ def build(
         timeout,
         progress,
         choosing,
-        Caching.of(cache, cache_form if sampling is None else _form_in_a_loop(cache, cache_form), region),
+        Caching.of(cache, cache_form if sampling is None else build_checks.form_in_a_loop(cache, cache_form), region),
         sampling,
     )
     with publish(out, overwrite=overwrite, wait=wait) as folder:
@@ -263,26 +262,9 @@ class _Job:
         """The sampler's loop around a network with these inputs and outputs; None where none was asked for."""
         if self.sampling is None:
             return None
-        dynamic = next((s for s in given if any(isinstance(size, str) for size in s.shape)), None)
-        if dynamic is not None and self.target.backend != "onnxruntime":
-            raise UsageError(
-                f"target {self.target}: input {dynamic.name!r} has dynamic sizes {format_shape(dynamic.shape)}, and a "
-                "sampling loop takes a range of sizes in ONNX Runtime alone; fix the sizes, or build it for onnxruntime"
-            )
-        if dynamic is not None and self.sampling.decoder is not None:
-            raise UsageError(
-                f"input {dynamic.name!r} has dynamic sizes {format_shape(dynamic.shape)}, and the decoder of a sampler "
-                "is built for one size of latents; fix the sizes, or decode the latents outside"
-            )
+        build_checks.sizes_of_a_loop(given, self.target, self.sampling)
         looping = Looping.of(self.sampling, given, made, state, cache)
-        if self.target.backend in ("tensorrt", "tensorrt-rtx"):
-            from hasten.backends.tensorrt_graph import MAX_TOPK
-
-            if (top := looping.plan.sorted) > MAX_TOPK:
-                raise UsageError(
-                    f"target {self.target}: the threshold's quantile needs a picture's {top} largest values in order, "
-                    f"and TopK takes at most {MAX_TOPK}; take a higher ratio, smaller pictures, or clip=…"
-                )
+        build_checks.sorted_in_a_loop(looping, self.target)
         return looping
 
     def _lower_graph(
@@ -543,52 +525,6 @@ def memory(report: Report) -> str:
     return f"convolutions hold {weights / 1e6:.1f} MB of transformed weights and {workspace / 1e6:.1f} MB of workspace"
 
 
-def _refuse_without_runtime(target: Target) -> None:
-    """Find out before minutes of work what would fail after them."""
-    if target.backend == "inductor":
-        raise UsageError(
-            f"target {target} compiles in the process that runs (torch.compile(model, backend='hasten')); an "
-            f"engine on disk is aoti:{target.device}"
-        )
-    if target.backend == "aoti":
-        from hasten.backends import inductor
-
-        inductor.require(target)
-    elif target.backend == "onnxruntime":
-        from hasten.backends.onnxruntime import require_provider
-
-        require_provider(target.device)
-    elif target.backend == "torch-tensorrt":
-        from hasten.backends import torch_tensorrt
-
-        torch_tensorrt.require()
-    else:
-        from hasten.backends import tensorrt
-
-        tensorrt.require(target)
-
-
-def _refuse_for_onnx(target: Target, dtype: Any, dynamic_shapes: Any, example_inputs: Any, example_kwargs: Any) -> None:
-    if target.opset is None:
-        raise UsageError(
-            f"target {target} is built from PyTorch, and nothing here turns an ONNX model into a PyTorch graph; "
-            "build the ONNX model for onnxruntime:cpu, or give the module"
-        )
-    if dtype is not None:
-        raise UsageError("dtype: an ONNX model has its dtypes already; convert the module and export it again")
-    if dynamic_shapes is not None:
-        raise UsageError("dynamic_shapes: for modules; the sizes of an ONNX source are given as shapes")
-    if example_inputs is not None or example_kwargs is not None:
-        raise UsageError("example_inputs: for modules; an ONNX model needs none")
-
-
-def _check_dtype(dtype: str, target: Target) -> None:
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    if reason := supports("Conv", dtype, target):
-        raise UsageError(f"target {target}, dtype {dtype}: {reason}")
-
-
 def _profiles(flat: FlatProgram) -> dict[str, Profile]:
     """Sizes of captured inputs: the bounds of their symbols, the example's between them."""
     least = {name: low for name, (low, _) in flat.dims.items()}
@@ -606,26 +542,11 @@ def _profiles(flat: FlatProgram) -> dict[str, Profile]:
     return found
 
 
-def _form_in_a_loop(cache: str | None, form: str | None) -> str | None:
-    """A loop holds one program, so its step cache is a branch, for schedules known before the run as well."""
-    if cache is not None and form not in (None, "conditional"):
-        raise UsageError(f"cache form {form!r}: a sampling loop holds its step cache as a branch; take 'conditional'")
-    return None if cache is None else "conditional"
-
-
 def _assembled(
     built: Mapping[str, Manifest], state: tuple[Mapping[str, Any], ...], described: Mapping[str, Any]
 ) -> Manifest:
     """The manifest of an engine with a step cache: the main program's, with all of them in it."""
-    programs = {
-        name: {
-            "artifact": part.artifact,
-            "inputs": [t.as_dict() for t in part.inputs],
-            "outputs": [t.as_dict() for t in part.outputs],
-            "audit": part.audit,
-        }
-        for name, part in built.items()
-    }
+    programs = {name: part.as_program() for name, part in built.items()}
     first = next(iter(built.values()))
     return replace(first, state=state, cache={**described, "programs": programs})
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hasten.backends.manifest import Manifest, TensorSpec
+from hasten.backends.manifest import Manifest
 from hasten.errors import UsageError
 
 if TYPE_CHECKING:
@@ -129,10 +129,7 @@ def joined(manifest: Manifest, part: Manifest, decoder: Decoder) -> Manifest:
     """The manifest of a sampler's engine with the decoder in it, whose own is ``part``."""
     assert manifest.loop is not None
     described = {
-        "artifact": part.artifact,
-        "inputs": [t.as_dict() for t in part.inputs],
-        "outputs": [t.as_dict() for t in part.outputs],
-        "audit": part.audit,
+        **part.as_program(),
         "scaling_factor": decoder.scaling_factor,
         "shift_factor": decoder.shift_factor,
         "unit": decoder.unit,
@@ -146,8 +143,4 @@ def part_of(manifest: Manifest) -> Manifest | None:
     """The decoder in a sampler's engine as an engine's manifest of its own; None where there is none."""
     if manifest.loop is None or manifest.loop.get(NAME) is None:
         return None
-    part = manifest.loop[NAME]
-    inputs, outputs = (tuple(TensorSpec.of(t) for t in part[side]) for side in ("inputs", "outputs"))
-    return replace(
-        manifest, artifact=part["artifact"], inputs=inputs, outputs=outputs, audit=part["audit"], state=(), loop=None
-    )
+    return replace(manifest.program(manifest.loop[NAME]), state=(), loop=None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -242,8 +241,7 @@ def _parts(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
     if manifest.cache is None:
         return
     for name, part in manifest.cache["programs"].items():
-        inputs, outputs = (tuple(TensorSpec.of(t) for t in part[side]) for side in ("inputs", "outputs"))
-        yield name, replace(manifest, artifact=part["artifact"], inputs=inputs, outputs=outputs)
+        yield name, manifest.program(part)
 
 
 def _runner(directory: Path, manifest: Manifest, target: Target, threads: int | None) -> Runner:

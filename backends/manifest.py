@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ class Manifest:
             "seconds": self.seconds,
             "files": {name: {"sha256": sha, "size": size} for name, (sha, size) in self.files.items()},
         }
+
+    def as_program(self) -> dict[str, Any]:
+        """What the manifest of an engine of several programs says of this one: see `program`."""
+        sides = {side: [t.as_dict() for t in getattr(self, side)] for side in ("inputs", "outputs")}
+        return {"artifact": self.artifact, **sides, "audit": self.audit}
+
+    def program(self, said: Mapping[str, Any]) -> Manifest:
+        """The manifest of one program of this engine, of which it says ``said`` (`as_program`)."""
+        inputs, outputs = (tuple(TensorSpec.of(t) for t in said[side]) for side in ("inputs", "outputs"))
+        return replace(self, artifact=said["artifact"], inputs=inputs, outputs=outputs, audit=said["audit"])
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:

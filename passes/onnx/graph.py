@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from hasten.errors import VerificationError
 from hasten.passes.onnx import detached, export, functions, inference, types
 from hasten.passes.onnx.tensors import tensors_of
+from hasten.passes.onnx.traced import fresh
 from hasten.passes.onnx.view import OnnxView
 
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
@@ -186,7 +187,7 @@ class OnnxGraph:
 
     def fresh(self, base: str) -> str:
         """A value name that nothing in the model has."""
-        return _unique(base, self.names)
+        return fresh(base, self.names)
 
     def new_node(
         self,
@@ -206,7 +207,7 @@ class OnnxGraph:
         if rule:
             template.metadata_props.add(key="hasten.rule", value=rule)
         base = base or (at.name if at is not None and at.name else "hasten")
-        name = _unique(f"{base}/{op}", self.node_names)
+        name = fresh(f"{base}/{op}", self.node_names)
         if isinstance(outputs, int):
             outputs = [gs.Variable(self.fresh(f"{name}_out")) for _ in range(outputs)]
             self.made.update(id(t) for t in outputs)
@@ -358,14 +359,6 @@ def operator_name(node: Any) -> str:
 def tensor_users(tensor: Any) -> list[Any]:
     """Nodes that read ``tensor``, once per operand slot."""
     return list(tensor.outputs)
-
-
-def _unique(base: str, taken: set[str]) -> str:
-    name, number = base, 1
-    while name in taken:
-        name, number = f"{base}_{number}", number + 1
-    taken.add(name)
-    return name
 
 
 def _with_functions(model: onnx.ModelProto, kept: list[onnx.FunctionProto]) -> onnx.ModelProto:

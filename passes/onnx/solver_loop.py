@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from hasten.passes.onnx.parts import live
 from hasten.passes.onnx.protos import Known, info, renamed
 from hasten.passes.onnx.step_cache import COMPUTED, require_opset
-from hasten.passes.onnx.traced import Value, own_names, rename, trace
+from hasten.passes.onnx.traced import Value, fresh, own_names, rename, trace
 from hasten.passes.solvers import loop, names
 from hasten.passes.solvers.names import (
     BRANCHES,
@@ -289,11 +289,7 @@ class _Writer:
 
     def fresh(self, base: str) -> str:
         """A name that nothing has."""
-        name, number = base, 1
-        while name in self.names:
-            name, number = f"{base}_{number}", number + 1
-        self.names.add(name)
-        return name
+        return fresh(base, self.names)
 
 
 def copied(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:

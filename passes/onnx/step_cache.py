@@ -19,7 +19,7 @@ from onnx import helper
 from hasten.errors import HastenError, UsageError
 from hasten.passes.onnx.parts import live, ordered, split
 from hasten.passes.onnx.protos import Known, identity, info, node, renamed, settled, without_weights
-from hasten.passes.onnx.traced import RULE, Value, own_names, trace
+from hasten.passes.onnx.traced import RULE, Value, fresh, own_names, trace
 from hasten.passes.steps.payload import Value as Kept
 from hasten.passes.steps.policy import Control, Payload, Policy, Slot
 
@@ -304,11 +304,7 @@ class _Writer:
 
     def fresh(self, base: str) -> str:
         """A name that nothing in any of the programs has."""
-        name, number = base, 1
-        while name in self.names:
-            name, number = f"{base}_{number}", number + 1
-        self.names.add(name)
-        return name
+        return fresh(base, self.names)
 
     def _close(
         self,

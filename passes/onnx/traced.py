@@ -72,6 +72,15 @@ def own_names(graph: onnx.GraphProto) -> Iterator[str]:
             yield from own_names(inner)
 
 
+def fresh(base: str, taken: set[str]) -> str:
+    """A name like ``base`` that is not among ``taken``, where it goes."""
+    name, number = base, 1
+    while name in taken:
+        name, number = f"{base}_{number}", number + 1
+    taken.add(name)
+    return name
+
+
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """Branches and bodies of a node."""
     for attribute in node.attribute:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from hasten.passes.onnx.traced import own_names, subgraphs
+from hasten.passes.onnx.traced import fresh, own_names, subgraphs
 
 SMALLEST = 1 << 14
 """Elements from which a branch is worth its own cost, some microseconds."""
@@ -57,17 +57,9 @@ def _branch(
     source: str, sizes: Sizes | None, wanted: list[int], kind: onnx.ValueInfoProto, names: set[str]
 ) -> onnx.GraphProto:
     """A graph without inputs that gives ``source`` in the sizes that are wanted."""
-    output, shape = _fresh(f"{kind.name}/{source}", names), _fresh(f"{kind.name}/{source}/shape", names)
+    output, shape = fresh(f"{kind.name}/{source}", names), fresh(f"{kind.name}/{source}/shape", names)
     info = onnx.ValueInfoProto(name=output, type=kind.type)
     if sizes == tuple(wanted):
         return helper.make_graph([helper.make_node("Identity", [source], [output])], output, [], [info])
     constant = numpy_helper.from_array(np.asarray(wanted, np.int64), shape)
     return helper.make_graph([helper.make_node("Expand", [source, shape], [output])], output, [], [info], [constant])
-
-
-def _fresh(base: str, names: set[str]) -> str:
-    name, number = base, 1
-    while name in names:
-        name, number = f"{base}_{number}", number + 1
-    names.add(name)
-    return name

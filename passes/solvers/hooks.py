@@ -74,16 +74,6 @@ KINDS = ("none", Clip.kind, Threshold.kind)
 """What a compiled loop can be built for: nothing, or one of the two."""
 
 
-def clip(limit: float = 1.0) -> Clip:
-    """See `Clip`; `UsageError` for a limit that is not positive."""
-    return Clip(limit)
-
-
-def threshold(ratio: float = 0.995, largest: float = 1.0) -> Threshold:
-    """See `Threshold`; `UsageError` for a ratio that is no quantile, or a largest value below 1."""
-    return Threshold(ratio, largest)
-
-
 def asked(clip: float | None, threshold: float | None, largest: float | None) -> Clip | Threshold | None:
     """The hook that a solver's options ask for; an infinite ``clip`` is none. `UsageError` for two hooks at once."""
     if clip is not None and threshold is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import onnx
 import torch
 from torch import nn
 
+from hasten.backends.engine import Engine
 from hasten.passes.solvers import catalog
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
@@ -41,6 +43,14 @@ def examples(batch: int) -> dict[str, torch.Tensor]:
 def table(solver: str, steps: int) -> SolverTable:
     """A solver's table for the process above."""
     return catalog.build(solver, Process.of(PROCESS), steps)
+
+
+def loop_of(engine: Engine) -> tuple[onnx.GraphProto, onnx.NodeProto, onnx.GraphProto]:
+    """An ONNX Runtime engine's graph, the loop in it, and that one's body."""
+    graph = onnx.load(engine.path / engine.manifest.artifact).graph
+    (node,) = (n for n in graph.node if n.op_type == "Loop")
+    (body,) = (a.g for a in node.attribute if a.name == "body")
+    return graph, node, body
 
 
 def unit_noise(draws: int) -> list[torch.Tensor]:

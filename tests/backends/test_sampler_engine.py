@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import pytest
 import torch
-from loop_net import LABELS, NEGATIVE, PROCESS, SHAPE, Net, eager, examples, table, unit_noise
+from loop_net import LABELS, NEGATIVE, PROCESS, SHAPE, Net, eager, examples, loop_of, table, unit_noise
 
 import hasten
 from hasten.backends.engine import Engine
@@ -229,22 +228,16 @@ def test_a_picture_depends_on_its_seed_and_place_alone(sequential: Sampler) -> N
     assert not torch.equal(one, sequential(seed=4, **TOLD).latents)
 
 
+@pytest.mark.parametrize("full", ["onnxruntime:cpu"], indirect=True)  # a package of AOTInductor is code
 def test_nothing_grows_with_the_number_of_steps(full: Sampler) -> None:
     """What a loop collects row by row would be an output of its node beyond what it carries."""
-    if full.engine.target.backend != "onnxruntime":
-        pytest.skip("the package of AOTInductor is code")
-    graph = onnx.load(full.engine.path / full.engine.manifest.artifact).graph
-    (node,) = (n for n in graph.node if n.op_type == "Loop")
-    (body,) = (a.g for a in node.attribute if a.name == "body")
+    _, node, body = loop_of(full.engine)
     assert len(node.output) == len(node.input) - 2 == len(body.output) - 1
 
 
+@pytest.mark.parametrize("full", ["onnxruntime:cpu"], indirect=True)  # a package of AOTInductor is code
 def test_the_arithmetic_of_the_solver_is_float32_without_matrix_products(full: Sampler) -> None:
-    if full.engine.target.backend != "onnxruntime":
-        pytest.skip("the package of AOTInductor is code")
-    graph = onnx.load(full.engine.path / full.engine.manifest.artifact).graph
-    (node,) = (n for n in graph.node if n.op_type == "Loop")
-    (body,) = (a.g for a in node.attribute if a.name == "body")
+    _, _, body = loop_of(full.engine)
     ours = [n for n in body.node if any(p.value == "solver-loop" for p in n.metadata_props)]
     assert len(ours) > 20
     assert {n.op_type for n in ours}.isdisjoint({"MatMul", "Gemm", "Einsum"})

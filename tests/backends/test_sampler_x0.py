@@ -10,14 +10,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from loop_net import LABELS, PROCESS, SHAPE, Net, examples, unit_noise
+from loop_net import LABELS, PROCESS, SHAPE, Net, examples, loop_of, unit_noise
 
 import hasten
 from hasten.backends.sampler import Sampler
 from hasten.errors import UsageError
 from hasten.passes.solvers import catalog
 from hasten.passes.solvers.caf import caf
-from hasten.passes.solvers.hooks import clip
+from hasten.passes.solvers.hooks import Clip
 from hasten.passes.solvers.loop import padded
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
@@ -181,12 +181,9 @@ def test_guidance_and_noise_go_with_it(tmp_path: Any) -> None:
     same(sampler(latents=first, noise=later, **given).latents, expected)
 
 
+@pytest.mark.parametrize("thresholding", ["onnxruntime:cpu"], indirect=True)  # a package of AOTInductor is code
 def test_a_threshold_puts_as_few_values_in_order_as_it_can(thresholding: Sampler) -> None:
-    if thresholding.engine.target.backend != "onnxruntime":
-        pytest.skip("the package of AOTInductor is code")
-    graph = onnx.load(thresholding.engine.path / thresholding.engine.manifest.artifact).graph
-    (node,) = (n for n in graph.node if n.op_type == "Loop")
-    (body,) = (a.g for a in node.attribute if a.name == "body")
+    graph, _, body = loop_of(thresholding.engine)
     (top,) = (n for n in body.node if n.op_type == "TopK")
     known = {t.name: onnx.numpy_helper.to_array(t) for t in (*graph.initializer, *body.initializer)}
     assert int(known[top.input[1]].item()) == math.prod(SHAPE[1:]) - math.floor(0.9 * (math.prod(SHAPE[1:]) - 1))
@@ -216,7 +213,7 @@ def test_engines_refuse_what_they_do_not_hold(clipping: Sampler, thresholding: S
     ):
         run(thresholding, "ddim:threshold=0.5")
     with pytest.raises(UsageError, match="row 0 of the solver says nothing about x0"):
-        replace(caf(2), hook=clip()).on_x0()
+        replace(caf(2), hook=Clip()).on_x0()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from hasten.passes.solvers.caf import caf
 from hasten.passes.solvers.catalog import build, names, parse
-from hasten.passes.solvers.hooks import clip, threshold
+from hasten.passes.solvers.hooks import Clip, Threshold
 from hasten.passes.solvers.picard import picard
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
@@ -23,13 +23,13 @@ def test_threshold_is_that_of_diffusers():
         3, 1, 1, 1
     )
     wanted = theirs._threshold_sample(x0)
-    assert torch.allclose(threshold(0.9, 2.5)(x0), wanted, atol=1e-6)
-    assert np.allclose(threshold(0.9, 2.5)(x0.numpy()), wanted.numpy(), atol=1e-6)
+    assert torch.allclose(Threshold(0.9, 2.5)(x0), wanted, atol=1e-6)
+    assert np.allclose(Threshold(0.9, 2.5)(x0.numpy()), wanted.numpy(), atol=1e-6)
 
 
 def test_clip_bounds_values():
-    assert clip(0.5)(np.array([-2.0, 0.1, 3.0])).tolist() == [-0.5, 0.1, 0.5]
-    assert clip()(torch.tensor([-2.0, 0.1])).tolist() == pytest.approx([-1, 0.1])
+    assert Clip(0.5)(np.array([-2.0, 0.1, 3.0])).tolist() == [-0.5, 0.1, 0.5]
+    assert Clip()(torch.tensor([-2.0, 0.1])).tolist() == pytest.approx([-1, 0.1])
 
 
 TWO_NETWORKS = ("caf", "guided", "ltsp", "ltsp4", "stsp", "stsp4")
@@ -101,7 +101,7 @@ def test_stsp_without_a_guide_is_plms_of_its_order():
 
 @pytest.mark.parametrize("text", ["ddim:clip=0.5,keep_eps=true", "dpm++2m:threshold=0.9,largest=2", "unipc:clip=0.7"])
 def test_a_table_brings_its_hook(text):
-    hook = clip(float(text.partition("clip=")[2].partition(",")[0])) if "clip" in text else threshold(0.9, 2.0)
+    hook = Clip(float(text.partition("clip=")[2].partition(",")[0])) if "clip" in text else Threshold(0.9, 2.0)
     table, x = build(text, V, 6), 3 * np.random.default_rng(1).normal(size=(2, 6))
     assert table.hook == hook
     assert build(str(parse(text)), V, 6).hook == hook

@@ -10,7 +10,7 @@ import torch
 
 from hasten.errors import UsageError
 from hasten.passes.solvers.catalog import build
-from hasten.passes.solvers.hooks import clip
+from hasten.passes.solvers.hooks import Clip
 from hasten.passes.solvers.picard import picard
 from hasten.passes.solvers.picard_gain import predicted_gain
 from hasten.passes.solvers.picard_rows import transport, unit_change
@@ -181,8 +181,8 @@ def test_several_networks_and_a_second_input():
 def test_a_hook_acts_in_every_sweep(mixture):
     table = table_of("dpm++2m", 12)
     denoise = perfect(mixture, table)
-    got = picard(denoise, table, mixture.noise, window=6, tolerance=0, hook=clip(0.4))
-    assert np.array_equal(got.result, sample(denoise, table, mixture.noise, hook=clip(0.4)))
+    got = picard(denoise, table, mixture.noise, window=6, tolerance=0, hook=Clip(0.4))
+    assert np.array_equal(got.result, sample(denoise, table, mixture.noise, hook=Clip(0.4)))
     assert abs(got.result).max() <= 0.4
 
 

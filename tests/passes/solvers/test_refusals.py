@@ -9,7 +9,7 @@ from hasten.passes.solvers.catalog import build
 from hasten.passes.solvers.compress import compress
 from hasten.passes.solvers.flow_grid import flow_grid
 from hasten.passes.solvers.grid import Grid, variance_preserving
-from hasten.passes.solvers.hooks import clip, threshold
+from hasten.passes.solvers.hooks import Clip, Threshold
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
 from hasten.passes.solvers.schedule import spaced
@@ -101,9 +101,9 @@ def test_message_says_what_is_wrong(text, process, steps, message):
         (lambda: Process.of({}), "process: neither beta_schedule nor shift is in what was given"),
         (lambda: caf(0), "caf: 0 sampling steps were asked for; at least 1 is needed"),
         (lambda: caf(3, fraction=0), "caf: fraction is 0"),
-        (lambda: clip(0), "clip: the limit is 0; it must be positive"),
-        (lambda: threshold(1.5), "threshold: the ratio is 1.5; a quantile goes from 0 to 1"),
-        (lambda: threshold(largest=0.5), "threshold: the largest value is 0.5; it is at least 1"),
+        (lambda: Clip(0), "clip: the limit is 0; it must be positive"),
+        (lambda: Threshold(1.5), "threshold: the ratio is 1.5; a quantile goes from 0 to 1"),
+        (lambda: Threshold(largest=0.5), "threshold: the largest value is 0.5; it is at least 1"),
         (lambda: spaced("even", 5, 1000), "unknown spacing 'even'; there are leading, trailing, linspace."),
         (lambda: compress(np.ones((3, 3)), [1, 2]), "an evaluation depends on a later one"),
         (lambda: compress(np.zeros((2, 2)), [1, 2]), "need a matrix of (3, 3), not (2, 2)"),
@@ -112,7 +112,7 @@ def test_message_says_what_is_wrong(text, process, steps, message):
             "sample: the solver evaluates 2 networks; 1 were given",
         ),
         (
-            lambda: sample([lambda y, t: y, lambda y, t, v: y], caf(2), np.ones(2), hook=clip()),
+            lambda: sample([lambda y, t: y, lambda y, t, v: y], caf(2), np.ones(2), hook=Clip()),
             "sample: row 0 says nothing about x0, which the hook is for; sample without it",
         ),
     ],
