@@ -1,4 +1,4 @@
-"""Step caches on the bundled transformer: every back end makes the same decisions and the same pictures."""
+"""Step caches on the bundled transformers: every back end makes the same decisions and the same pictures."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ POLICIES = ("teacache:threshold=0.2,coefficients=1/0", "first-block:threshold=0.
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Adapter:
-    return replace(registry.get("scenes-dit"), batch=4)
+def adapter(request: Any) -> Adapter:
+    return replace(registry.get(getattr(request, "param", "scenes-dit")), batch=4)
 
 
 def pictures(adapter: Adapter, denoise: Callable[..., torch.Tensor], steps: int = STEPS) -> torch.Tensor:
@@ -68,6 +68,7 @@ def call(run: hasten.CachedRun, *tensors: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("text", POLICIES)
+@pytest.mark.parametrize("adapter", ["scenes-dit", pytest.param("scenes-video", marks=pytest.mark.slow)], indirect=True)
 def test_every_back_end_decides_and_draws_the_same(adapter: Adapter, text: str, tmp_path: Any) -> None:
     wanted, mask = eager(adapter, text)
     assert 3 < mask.count("1") < STEPS - 3
