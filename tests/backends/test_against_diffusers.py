@@ -240,3 +240,39 @@ def _flat(given: dict[str, Any]) -> dict[str, Any]:
         else:
             named[name] = value
     return named
+
+
+MODULES = [r".*attn\d?", r".*\.ffn?", r".*\.ff_context", r"single_transformer_blocks\.\d+\.proj_out"]
+"""What ``granularity=modules`` finds in the data flow, by these models' names; TaylorSeer's own are attentions alone."""
+
+
+@pytest.mark.parametrize("granularity", ["output", "modules"])
+@pytest.mark.parametrize(
+    ("name", "interval", "order"), [("flux", 3, 1), ("wan", 4, 2), ("cogvideox", 3, 0), ("latte", 3, 1)]
+)
+def test_taylorseer(name: str, interval: int, order: int, granularity: str) -> None:
+    """Lite, which forecasts the last projection, is our forecast of the result; Latte needs no pairs here."""
+    from diffusers.hooks import TaylorSeerCacheConfig
+
+    model, inputs = build(name)
+    calls = list(walk(inputs))
+    hooked, _ = build(name)
+    lite = granularity == "output"
+    config = TaylorSeerCacheConfig(
+        cache_interval=interval,
+        disable_cache_before_step=2,
+        max_order=order,
+        taylor_factors_dtype=torch.float32,
+        use_lite_mode=lite,
+        cache_identifiers=None if lite else MODULES,
+    )
+    hooked.enable_cache(config)
+    wanted = []
+    with torch.no_grad():
+        for given in calls:
+            with hooked.cache_context("cond"):
+                wanted.append(hooked(**given, return_dict=False)[0])
+    policy = f"taylorseer:interval={interval},warmup=2,order={order},granularity={granularity}"
+    mask = same(model, calls, policy, wanted)
+    assert mask.startswith("110")
+    assert "1" in mask[3:]
