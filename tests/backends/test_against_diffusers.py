@@ -243,7 +243,7 @@ def _flat(given: dict[str, Any]) -> dict[str, Any]:
 
 
 MODULES = [r".*attn\d?", r".*\.ffn?", r".*\.ff_context", r"single_transformer_blocks\.\d+\.proj_out"]
-"""What ``granularity=modules`` finds in the data flow, by these models' names; TaylorSeer's own are attentions alone."""
+"""What ``granularity=modules`` finds in the data flow, by these models' names; TaylorSeer's own are attentions."""
 
 
 @pytest.mark.parametrize("granularity", ["output", "modules"])
