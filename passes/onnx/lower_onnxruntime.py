@@ -205,7 +205,7 @@ CPU = {
     "hasten.Geglu": geglu,
     "hasten.UpsampleConv2d": upsample_conv2d,
     "ReduceMean": lower_sums.mean_of_absolutes,
-    "Add": lower_sums.weighted_sum,
+    "Add": lower_sums.of_slices,
     **contrib.WITHOUT_CPU_KERNEL,
 }
 """Operator -> how it is written for ONNX Runtime on a CPU."""

@@ -70,6 +70,51 @@ def test_other_sums_stay(given, body):
     assert "Add" in ops
 
 
+def columns(order=(0, 1, 2), beside=" y = Add (t, m{c})"):
+    term = "s{i} = Gather (stored, p{i}) g{i} = Gather <axis = 1> (matrix, p{i}) w{i} = Reshape (g{i}, column)"
+    words = [term.format(i=i) + f" m{i} = Mul (w{i}, s{i})" for i in order]
+    a, b, c = order
+    return f"{' '.join(words)} t = Add (m{a}, m{b}){beside.format(c=c)}"
+
+
+COLUMN = f"{PLACES}, int64[3] column = {{-1, 1, 1}}"
+MATRIX = RNG.normal(size=(4, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+@pytest.mark.parametrize(
+    ("beside", "ops"),
+    [
+        (" y = Add (t, m{c})", ["Einsum"]),
+        (" u = Add (x, t) y = Add (u, m{c})", ["Add", "Einsum"]),
+        (" o = Mul (x, x) u = Add (t, o) v = Add (m{c}, u) y = Add (v, x)", ["Add", "Einsum", "Mul"]),
+    ],
+)
+def test_slices_times_columns_are_one_product_and_what_is_beside_them_is_added(order, beside, ops):
+    given = "float[3,2,5] stored, float[4,3] matrix, float[4,2,5] x"
+    model = model_of(columns(order, beside=beside), given, "float[4,2,5] y", COLUMN)
+    made, found = lowered(model)
+    assert found == ops
+    feeds = {"stored": STORED["stored"], "matrix": MATRIX, "x": RNG.normal(size=(4, 2, 5)).astype(np.float32)}
+    same(model, made, {k: v for k, v in feeds.items() if k in {i.name for i in made.graph.input}})
+
+
+@pytest.mark.parametrize(
+    ("given", "body"),
+    [
+        ("float[4,2,5] stored, float[4,3] matrix", columns()),  # not all slices
+        ("float[3,2,5] stored, float[4,4] matrix", columns()),  # not all columns
+        ("float[3,2,5] stored, float[4,3] matrix", columns().replace("p2", "p1")),  # one twice
+        ("float[3,2,5] stored, float[4,3] matrix", columns().replace("(matrix, p0)", "(matrix, p1)")),  # crossed
+        ("double[3,2,5] stored, double[4,3] matrix", columns()),
+    ],
+)
+def test_other_sums_of_columns_stay(given, body):
+    kind = "double" if "double" in given else "float"
+    ops = lowered(model_of(body, given, f"{kind}[4,2,5] y", COLUMN))[1]
+    assert "Einsum" not in ops
+
+
 def test_other_targets_keep_their_sums():
     model = model_of(slices(), "float[3,2,5] stored, float[3] weights", "float[2,5] y", PLACES)
     assert "Einsum" not in lowered(model, "tensorrt-rtx:sm89")[1]  # where a product may be computed in TF32
