@@ -85,8 +85,8 @@ def build(
     ``cache`` is a step cache, such as ``teacache:threshold=0.25,model=flux`` (`passes.steps.catalog`): the
     engine then has `Engine.start`. ``cache_form`` is ``conditional`` (one program with a branch in it) or
     ``straight`` (programs without one); ``region`` is FIRST:LAST, the blocks that a reused step leaves out.
-    ``sampling`` puts a whole sampler around the network, whose engine `hasten.sampler` runs; its step cache is one
-    branch in the loop.
+    ``sampling`` puts a whole sampler around the network, whose engine `hasten.sampler` runs; its step cache is a
+    branch in the loop, or, ``straight``, a known schedule whose rows stand one behind another without loop or branch.
     ``timeout`` bounds a TensorRT build, in seconds. ``overwrite`` replaces an existing engine; ``wait`` is for
     another build of the same output.
 
@@ -112,7 +112,7 @@ def build(
         timeout,
         progress,
         choosing,
-        Caching.of(cache, cache_form if sampling is None else build_checks.form_in_a_loop(cache, cache_form), region),
+        Caching.of(cache, cache_form, region, looped=sampling is not None),
         sampling,
     )
     with publish(out, overwrite=overwrite, wait=wait) as folder:
@@ -165,10 +165,12 @@ class _Job:
         """Let a registered model say what it was trained on, where the caller did not; then the solver must fit."""
         if self.sampling is None:
             return
-        if self.sampling.process is None:
-            from hasten.models.processes import process_of
+        from hasten.models.processes import process_of, time_scale_of
 
+        if self.sampling.process is None:
             self.sampling = replace(self.sampling, process=process_of(name))
+        if self.sampling.time_scale is None:
+            self.sampling = replace(self.sampling, time_scale=time_scale_of(name))
         _, table = self.sampling.table()
         if self.caching is not None:
             self.caching.check_calls(len(table))
@@ -210,6 +212,7 @@ class _Job:
         from hasten.backends.capture import capture
         from hasten.backends.optimize import optimize
         from hasten.backends.program import dim_names, flatten
+        from hasten.passes.fx.class_counts import class_counts
 
         program = capture(origin.module, origin.args, origin.kwargs, origin.dynamic_shapes)
         self.tell("optimize", 0.2)
@@ -232,14 +235,15 @@ class _Job:
         )
         if self.sampling is not None and self.sampling.second is not None:
             flat = self._with_second(flat, self.sampling.second, report)
+        classes = class_counts(flat.module.graph, [spec.name for spec in flat.inputs])
         if self.caching is None:
-            looping = self._looping(flat.inputs, flat.outputs)
+            looping = self._looping(flat.inputs, flat.outputs, classes=classes)
             return {"model": self._lower_graph(flat, report, folder, self.name, looping)}, itemgetter("model")
         cached, described = self.caching.apply(flat, report)
         logger.info("%s", described["summary"])
         if self.sampling is not None:
             (step,) = cached.programs.values()
-            looping = self._looping(step.inputs, step.outputs, cached.state, described)
+            looping = self._looping(step.inputs, step.outputs, cached.state, described, classes=classes)
             return {"model": self._lower_graph(step, report, folder, "model", looping)}, itemgetter("model")
         parts = {n: self._lower_graph(part, report, folder, n) for n, part in cached.programs.items()}
         return parts, partial(_assembled, state=cached.state, described=described)
@@ -258,14 +262,19 @@ class _Job:
         made: Sequence[TensorSpec],
         state: Sequence[Mapping[str, Any]] = (),
         cache: Mapping[str, Any] | None = None,
+        classes: Mapping[str, int] | None = None,
     ) -> Looping | None:
-        """The sampler's loop around a network with these inputs and outputs; None where none was asked for."""
+        """The sampler's loop around a network with these inputs and outputs; None where none was asked for.
+
+        ``classes`` says how many an input chooses from, where that is known.
+        """
         if self.sampling is None:
             return None
         build_checks.sizes_of_a_loop(given, self.target, self.sampling)
-        looping = Looping.of(self.sampling, given, made, state, cache)
+        unroll = self.caching is not None and self.caching.unrolls
+        looping = Looping.of(self.sampling, given, made, state, cache, unroll=unroll)
         build_checks.sorted_in_a_loop(looping, self.target)
-        return looping
+        return replace(looping, described={**looping.described, "classes": dict(classes or {})})
 
     def _lower_graph(
         self, flat: FlatProgram, report: Report, folder: Path, name: str, looping: Looping | None = None
@@ -311,7 +320,7 @@ class _Job:
             from hasten.backends.sampling_fx import in_a_loop
 
             flat = in_a_loop(flat, looping)
-            interface = Signature(flat.inputs, flat.outputs, {}, flat.constants)
+            interface = Signature(flat.inputs, flat.outputs, flat.dims, flat.constants)
         if self.target.backend == "aoti":
             from hasten.backends import inductor
 

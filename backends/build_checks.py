@@ -70,22 +70,16 @@ def check_dtype(dtype: str, target: Target) -> None:
         raise UsageError(f"target {target}, dtype {dtype}: {reason}")
 
 
-def form_in_a_loop(cache: str | None, form: str | None) -> str | None:
-    """A loop holds one program, so its step cache is a branch, for schedules known before the run as well."""
-    if cache is not None and form not in (None, "conditional"):
-        raise UsageError(f"cache form {form!r}: a sampling loop holds its step cache as a branch; take 'conditional'")
-    return None if cache is None else "conditional"
-
-
 def sizes_of_a_loop(given: Sequence[TensorSpec], target: Target, sampling: Sampling) -> None:
     """Refuse inputs of dynamic sizes where the target's loop, or the decoder, takes one size."""
     dynamic = next((s for s in given if any(isinstance(size, str) for size in s.shape)), None)
     if dynamic is None:
         return
-    if target.backend != "onnxruntime":
+    if target.backend not in ("onnxruntime", "aoti"):
         raise UsageError(
             f"target {target}: input {dynamic.name!r} has dynamic sizes {format_shape(dynamic.shape)}, and a "
-            "sampling loop takes a range of sizes in ONNX Runtime alone; fix the sizes, or build it for onnxruntime"
+            "sampling loop takes a range of sizes in ONNX Runtime and AOTInductor alone; fix the sizes, or build it "
+            "for onnxruntime or aoti"
         )
     if sampling.decoder is not None:
         raise UsageError(

@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hasten.errors import UsageError
-from hasten.passes.steps.plan import Mask, planned
+from hasten.errors import UsageError, nearest
+from hasten.passes.steps import controls
+from hasten.passes.steps.plan import Mask, parse_mask, planned
 from hasten.passes.steps.policy import DECIDE, REUSE, Policy
 
 
@@ -64,17 +65,29 @@ class StepCache:
     """The run-time settings and the record of one model's step cache; `step_cache` returns it.
 
     All may be changed between calls, and nothing is compiled again. ``threshold`` and ``limit`` replace the policy's
-    where they are not None. ``steps`` is the number of steps of a run, 0 where unknown: rules about the last steps
-    hold only where it is known. ``mask`` forces each step's decision.
+    where they are not None. ``steps`` is the number of steps of a run, None where unknown: rules about the last steps
+    hold only where it is known. ``mask`` forces each step's decision. `UsageError` for another name, or for a value
+    that means nothing.
     """
 
+    threshold: float | None
+    limit: int | None
+    steps: int | None
+    mask: Mask | None
+
     def __init__(self) -> None:
-        self.threshold: float | None = None
-        self.limit: int | None = None
-        self.steps = 0
-        self.mask: Mask | None = None
+        self.threshold = self.limit = self.steps = self.mask = None
         self._threads = threading.local()
         self._generation = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _READ:
+            value = None if value is None else _READ[name](value)
+        elif not name.startswith("_"):
+            raise UsageError(
+                f"a step cache has no setting {name!r}; settings: {', '.join(_READ)}.{nearest(name, _READ)}"
+            )
+        super().__setattr__(name, value)
 
     def reset(self) -> None:
         """Begin a new run with the next call, in every thread."""
@@ -96,8 +109,20 @@ class StepCache:
         return cast(Run, run)
 
 
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "threshold": controls.threshold,
+    "limit": controls.limit,
+    "steps": controls.steps,
+    "mask": parse_mask,
+}
+"""The settings, and what reads each."""
 _settings: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _lock = threading.Lock()
+
+
+def reset(model: torch.nn.Module) -> None:
+    """Begin a new run of a model's step cache with the next call, in every thread: `step_cache` (model)``.reset()``."""
+    step_cache(model).reset()
 
 
 def step_cache(model: torch.nn.Module) -> StepCache:
@@ -151,7 +176,7 @@ class CachedCallable:
         self.policy, self.programs, self.state = policy, programs, state
         self.time_at, self.owner_at, self.ascending = time_at, owner_at, ascending
         self._own = StepCache()
-        self._schedules: dict[tuple[int, str], list[int]] = {}
+        self._schedules: dict[tuple[int | None, str], list[int]] = {}
         self._numbers: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -177,7 +202,7 @@ class CachedCallable:
         limit = self.policy.decision.limit if settings.limit is None else settings.limit
         controls = {
             "cache_step": self._number(step, torch.int64, device),
-            "cache_steps": self._number(settings.steps, torch.int64, device),
+            "cache_steps": self._number(settings.steps or 0, torch.int64, device),
             "cache_force": self._number(force, torch.int64, device),
             "cache_threshold": self._number(threshold, torch.float32, device),
             "cache_limit": self._number(limit, torch.int64, device),
@@ -211,7 +236,7 @@ class CachedCallable:
     def _force(self, step: int, settings: StepCache) -> int:
         key = (settings.steps, str(settings.mask or ""))
         if key not in self._schedules:
-            self._schedules[key] = planned(self.policy.decision, settings.steps or None, settings.mask)
+            self._schedules[key] = planned(self.policy.decision, settings.steps, settings.mask)
         force = self._schedules[key]
         return force[step] if step < len(force) else DECIDE
 

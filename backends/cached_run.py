@@ -18,7 +18,7 @@ import numpy as np
 from hasten.backends.shapes import bound, evaluate, format_shape
 from hasten.errors import UsageError
 from hasten.passes.steps.plan import Mask, planned
-from hasten.passes.steps.policy import COMPUTE, DECIDE, REUSE
+from hasten.passes.steps.policy import COMPUTE, DECIDE, REUSE, Policy
 from hasten.passes.steps.simulate import idle
 
 if TYPE_CHECKING:
@@ -57,15 +57,16 @@ class CachedRun:
         limit: int | None = None,
         mask: Mask | None = None,
     ) -> None:
+        from hasten.passes.steps import controls
         from hasten.passes.steps.catalog import parse
 
         assert engine.manifest.cache is not None, "Engine.start looks"
         policy = parse(engine.manifest.cache["policy"])
         self.engine, self.policy, self.steps = engine, policy, steps
-        self.threshold = policy.decision.threshold if threshold is None else float(threshold)
-        self.limit = policy.decision.limit if limit is None else int(limit)
+        self.threshold = policy.decision.threshold if threshold is None else controls.threshold(threshold)
+        self.limit = policy.decision.limit if limit is None else controls.limit(limit)
         self._forced = planned(policy.decision, steps, mask)
-        self._free = mask is None and policy.decision.mask(2) is None
+        self._free = mask is None
         self._branches: dict[str, _Branch] = {}
 
     @property
@@ -151,8 +152,7 @@ class CachedRun:
     def _warn(self) -> None:
         """Tell, once a run, of a threshold that did nothing or everything."""
         self._free = False
-        if (told := idle(self.policy, self.mask, self.threshold)) is not None:
-            logger.warning("%s", told)
+        warn_idle(self.policy, self.threshold, self.mask)
 
     def _leader(self, branch: str, step: int) -> int | None:
         """What the first branch did at this step, which holds for the others; None for the first branch itself."""
@@ -203,6 +203,12 @@ class CachedRun:
                 sizes.update(bound(spec.shape, tuple(inputs[spec.name].shape)))
         make = _maker(inputs)
         return {s["name"]: make(_shape(s, sizes), s["dtype"], s["start"]) for s in self.engine.manifest.state}
+
+
+def warn_idle(policy: Policy, threshold: float, mask: str) -> None:
+    """Tell of a threshold that never or always fired in a run that went by ``mask``; see `simulate.idle`."""
+    if policy.decision.mask(2) is None and (told := idle(policy, mask, threshold)) is not None:
+        logger.warning("%s", told)
 
 
 def fingerprint(engine: Engine) -> str:

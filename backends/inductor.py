@@ -74,7 +74,9 @@ def package(
     import torch
     from torch._inductor import aoti_compile_and_package
 
+    from hasten.backends.exported import exported
     from hasten.backends.frozen_subgraphs import frozen_subgraphs
+    from hasten.backends.own_outputs import own_outputs
 
     require(parse_target(f"aoti:{device}"))
     for index, tensor in enumerate(example_inputs):
@@ -85,9 +87,8 @@ def package(
             )
     _check_options(options or {})
     _check_space(module, out_dir)
-    with torch.no_grad(), frozen_subgraphs():
-        program = torch.export.export(module, tuple(example_inputs), dynamic_shapes=dynamic_shapes, strict=False)
-        _check_dynamic(program, dynamic_shapes)
+    with torch.no_grad(), frozen_subgraphs(), own_outputs():
+        program = exported(module, tuple(example_inputs), dynamic_shapes)
         try:
             aoti_compile_and_package(
                 program,
@@ -122,21 +123,6 @@ def _check_space(module: torch.fx.GraphModule, out_dir: Path) -> None:
     weights = {t.data_ptr(): t.nbytes for t in module.state_dict(keep_vars=True).values()}
     if shutil.disk_usage(out_dir).free < sum(weights.values()) + CODE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out_dir))
-
-
-def _check_dynamic(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> None:
-    """Refuse a graph that turned out to hold for the example's sizes only: it would be wrong for every other."""
-    wanted = [axes or {} for axes in dynamic_shapes or ()]
-    users = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
-    nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in users]
-    for node, axes in zip(nodes, wanted, strict=False):
-        for axis in axes:
-            size = node.meta["val"].shape[axis]
-            if isinstance(size, int) or size.node.expr.is_Integer:
-                raise HastenError(
-                    f"dimension {axis} of input {node.name!r} shall be dynamic, and the graph holds for {size} "
-                    "only; make it fixed, or find the pass that fixed it with --skip"
-                )
 
 
 def runtime_versions() -> dict[str, str]:

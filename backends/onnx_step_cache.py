@@ -43,7 +43,7 @@ def with_cache(caching: Caching, model: onnx.ModelProto, sizes: Mapping[str, int
     step_cache.require_opset(model)
     found = find_cut_onnx(model, caching.policy, caching.region)
     caching = caching.folded(found, lambda: signal_in_onnx(model, found, _time_sizes(model, found.time, sizes)))
-    if caching.form == "conditional":
+    if caching.network_form == "conditional":
         cached = step_cache.conditional(model, found.cut, caching.policy)
     else:
         cached = step_cache.straight(model, found.cut, caching.policy, static=is_static(caching.policy))

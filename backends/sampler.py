@@ -6,13 +6,16 @@ which was built for none in particular.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hasten.backends import sampler_inputs as read
 from hasten.backends.decoder import NAME as DECODER
-from hasten.backends.engine import Engine
+from hasten.backends.engine import Engine, load
 from hasten.backends.sampler_run import Chunk, Draw, Sampled, SamplerRun, whole
 from hasten.backends.sampler_sizes import sized, sizes_of
 from hasten.errors import UsageError, nearest
@@ -20,17 +23,24 @@ from hasten.passes.solvers import from_config, loop, names
 from hasten.passes.solvers.hooks import Clip, Threshold
 from hasten.passes.solvers.plan import NEGATIVE
 from hasten.passes.solvers.process import Process
-from hasten.passes.solvers.start import begun, levels
+from hasten.passes.solvers.seeds import of_run
+from hasten.passes.solvers.start import begun, seen
 from hasten.passes.solvers.table import SolverTable
 
 if TYPE_CHECKING:
     import torch
 
+    from hasten.passes.solvers.catalog import Request
+
 UNGUIDED = 1.0
 
 
-def sampler(engine: Engine) -> Sampler:
-    """The sampler in ``engine``; `UsageError` for an engine that was built without one."""
+def sampler(engine: Engine | str | os.PathLike[str]) -> Sampler:
+    """The sampler in ``engine``, or in the one in that directory; `UsageError` for one that was built without."""
+    if isinstance(engine, (str, os.PathLike)):
+        engine = load(engine)
+    if not isinstance(engine, Engine):
+        raise UsageError(f"sampler: {type(engine).__name__} given; give an engine (hasten.load) or its directory")
     return Sampler(engine)
 
 
@@ -50,6 +60,7 @@ class Sampler:
         self.loop: Mapping[str, Any] = engine.manifest.loop
         self.process = Process.of(self.loop["process"])
         self._inputs = {t.name: t for t in engine.inputs}
+        self._interrupt = False
 
     @property
     def latents_shape(self) -> tuple[Any, ...]:
@@ -58,8 +69,16 @@ class Sampler:
 
     def table(self, solver: str | None = None, steps: int | None = None) -> SolverTable:
         """The table of a solver of the catalog, the engine's own unless named."""
-        request = from_config.requested(solver or self.loop["solver"], self.loop["process"], self.process)
-        return request.build(self.process, steps or self.loop["steps"])
+        return self._request(solver).build(self.process, self._steps(steps))
+
+    def _request(self, solver: Any) -> Request:
+        if solver is not None and not isinstance(solver, str):
+            raise UsageError(f"solver: {solver!r} is neither a solver's name nor a SolverTable; give 'unipc', for one")
+        text = self.loop["solver"] if solver is None else solver
+        return from_config.requested(text, self.loop["process"], self.process)
+
+    def _steps(self, steps: Any) -> int:
+        return int(self.loop["steps"]) if steps is None else read.whole("num_inference_steps", steps)
 
     def __call__(
         self,
@@ -78,15 +97,19 @@ class Sampler:
         ``callback`` sees a `Chunk` after every ``chunk`` rows, of all rows together where it is None; what it raises
         ends the run. ``callback_on_step_end(sampler, row, time, {"latents": …})`` is diffusers', after every ``chunk``
         rows or every row: ``time`` is what the network was told in ``row``. The latents are to be looked at: the
-        solver's state is more than they are, and `UsageError` says so where others come back.
+        solver's state is more than they are, and `UsageError` says so where others come back. Where either sets
+        ``sampler._interrupt = True``, as a diffusers pipeline's, the run ends there and returns what it has.
         """
         if decode:
             self._decoder()  # refuses before anything runs
-        run = self.begin(**options)
+        for what, called in (("callback", callback), ("callback_on_step_end", callback_on_step_end)):
+            if called is not None and not callable(called):
+                raise UsageError(f"{what}: {called!r} cannot be called; give a function")
         if callback_on_step_end is not None:
             chunk = 1 if chunk is None else chunk
-        if chunk is not None and chunk < 1:
-            raise UsageError(f"chunk: {chunk} rows given; give 1 or more")
+        chunk = None if chunk is None else read.whole("chunk", chunk)
+        run = self.begin(**options)
+        self._interrupt = False
         while True:
             done = run.advance(chunk or run.rows)
             if callback is not None:
@@ -99,7 +122,7 @@ class Sampler:
                         "callback_on_step_end returned other latents, and an engine keeps the solver's own state; "
                         "return those that it was given, or sample step by step with hasten.Scheduler"
                     )
-            if run.done == run.rows:
+            if run.done == run.rows or self._interrupt:
                 has = self.loop.get(DECODER) is not None and decode is not False
                 pixels = self.decode(done.latents) if has else None
                 return Sampled(done.latents, done.preview, run.decisions, pixels)
@@ -110,8 +133,8 @@ class Sampler:
         `UsageError` for an engine without one.
         """
         decoder = self._decoder()  # of fixed sizes
-        given = fits("latents", latents, tuple(self.loop["latents"])).to(self.engine.target.device)
-        made: torch.Tensor = decoder(latents=given)["pixels"]
+        given = read.fits("latents", read.tensor("latents", latents), tuple(self.loop["latents"]))
+        made: torch.Tensor = decoder(latents=given.to(self.engine.target.device))["pixels"]
         return made
 
     def _decoder(self) -> Engine:
@@ -128,7 +151,7 @@ class Sampler:
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         solver: str | SolverTable | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] | None = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         noise: Sequence[torch.Tensor] | None = None,
@@ -143,53 +166,73 @@ class Sampler:
         """Begin a run, of which `SamplerRun.advance` does as many rows at a time as it is told.
 
         ``latents`` (B, ...) is unit noise, else drawn with ``generator`` (one, or one a picture), else with ``seed``:
-        picture i's then depends on the seed and i alone. ``noise`` holds one unit-noise tensor for each row that adds
-        noise, else it is drawn alike, or made in the engine. ``image`` (B, ...) are latents to start from with the
-        last ``strength`` of the steps; with ``mask_image`` (B, 1, ...) they are kept where it is 0. ``mask``,
-        ``threshold`` and ``limit`` are the step cache's, as for `Engine.start`. Raises `UsageError` for what does not
-        fit the engine.
+        picture i's then depends on the seed and i alone. A list holds one seed a picture, each as if it were alone;
+        None takes any. ``noise`` holds one unit-noise tensor for each row that adds noise, else it is drawn alike, or
+        made in the engine. ``image`` (B, ...) are latents to start from with the last ``strength`` of the steps, where
+        solvers that remember earlier values start anew; with ``mask_image`` (B, 1, ...), from 0 to 1, they are kept
+        where it is 0. ``mask``, ``threshold`` and ``limit`` are the step cache's, as for `Engine.start`; from a picture
+        it counts from the first row that is done, and schedules and ``mask`` say of each row what they say of it in a
+        whole run. Tensors may be arrays or lists. Raises `UsageError` for what does not fit the engine.
         """
         import torch
 
-        table = solver if isinstance(solver, SolverTable) else self.table(solver, num_inference_steps)
+        conditions = self._conditions(conditions)
+        latents, image, mask_image = (
+            None if value is None else read.tensor(name, value)
+            for name, value in (("latents", latents), ("image", image), ("mask_image", mask_image))
+        )
+        seed, generator = read.seeds(seed), read.generators(generator)
+        if isinstance(solver, SolverTable):
+            table, anew, steps = solver, None, None
+        else:
+            request, steps = self._request(solver), self._steps(num_inference_steps)
+            table = request.build(self.process, steps)
+
+            def anew(row: int) -> SolverTable:
+                return request.build(self.process, steps, first=row)
+
+        start = None
+        if image is not None and (mask_image is None or strength != 1):
+            start = begun(table, self.process, read.number("strength", strength, 0, 1), anew, steps)
+        elif image is None and (strength != 1 or mask_image is not None):
+            raise UsageError("strength and mask_image say how much of an image is made anew; give the image")
+        first, table = (0, table) if start is None else (start.row, start.table)
         rows = loop.padded(
             table,
             self.loop["rows"],
             self.loop["history"],
             time_scale=self.loop["time_scale"],
-            levels=levels(self.process, table.time),
+            levels=seen(table, self.process),
             networks=self.loop.get("networks", 1),
             conditioned=self.loop.get("beside", False),
             hook=self.loop.get("hook", "none"),
         )
-        given = self._conditions(conditions) | self._guidance(guidance_scale, guidance_rescale)
+        given = conditions | self._guidance(guidance_scale, guidance_rescale)
         for name, column in rows._asdict().items():
             if loop.PREFIX + name in self._inputs:
                 given[loop.PREFIX + name] = torch.from_numpy(column)
         sizes = self._sizes({**conditions, "latents": latents, "image": image, "mask_image": mask_image}, generator)
         shape = sized(self.latents_shape, sizes, "what is made")
         draw = Draw(shape, seed, generator)
-        unit = draw() if latents is None else fits("latents", latents, shape)
-        first, state = 0, unit * table.init
-        if image is not None and (mask_image is None or strength != 1):
-            first, (signal, level), scale = begun(table, self.process, strength)
-            state = (signal * fits("image", image, shape) + level * unit) * scale
-        elif image is None and (strength != 1 or mask_image is not None):
-            raise UsageError("strength and mask_image say how much of an image is made anew; give the image")
+        unit = draw() if latents is None else read.fits("latents", latents, shape)
+        state = unit * table.init
+        if start is not None and image is not None:
+            picture = read.fits("image", image, shape)
+            state = (start.signal * picture + start.noise * unit) * start.scale
         given |= (
             self._noise(table, noise, seed, draw, shape) | self._painting(mask_image, image, unit) | self._hook(table)
         )
         others = (torch.zeros_like(state) for _ in range(self.loop["history"] - 1))
         held = {names.STATE: torch.stack([state, *others])}
-        held |= self._cache(len(table), mask, threshold, limit, given, sizes)
-        return SamplerRun(self.engine, len(table), first, held, given)
+        held |= self._cache(len(table), mask, threshold, limit, given, sizes, first)
+        return SamplerRun(self.engine, first + len(table), first, held, given, self._idle(mask, threshold))
 
     def _sizes(self, given: Mapping[str, torch.Tensor | None], generator: Any) -> dict[str, int]:
         specs = {"image": self.latents_shape, **{name: t.shape for name, t in self._inputs.items()}}
         many = len(generator) if isinstance(generator, Sequence) else None
         return sizes_of({**specs, "latents": self.latents_shape}, given, many)
 
-    def _conditions(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _conditions(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         wanted = [*self.loop["conditions"], *self.loop["shared"]]
         if self.loop["guidance"] in ("batched", "sequential"):
             wanted += [NEGATIVE + name for name in self.loop["conditions"]]
@@ -208,12 +251,17 @@ class Sampler:
                     "that was built without guidance"
                 )
             raise UsageError(f"{name!r} is missing; the sampler takes {', '.join(wanted)}")
-        return dict(given)
+        told = read.tensors(given)
+        counts = self.loop.get("classes") or {}
+        read.classes(told, {p + name: n for name, n in counts.items() for p in ("", NEGATIVE)})
+        return told
 
     def _guidance(self, scale: float | None, rescale: float) -> dict[str, torch.Tensor]:
         import torch
 
         form, found = self.loop["guidance"], {}
+        scale = None if scale is None else read.number("guidance_scale", scale, 0)
+        rescale = read.number("guidance_rescale", rescale, 0, 1)
         if form == "none" and scale not in (None, UNGUIDED):
             raise UsageError(
                 f"guidance_scale {scale:g} was given to an engine without guidance; build it with --guidance {scale:g}"
@@ -221,13 +269,18 @@ class Sampler:
         if rescale and not self.loop["rescale"]:
             raise UsageError("guidance_rescale was given to an engine without it; build it with --rescale")
         if form != "none":
-            found[names.SCALE] = torch.tensor(self.loop["scale"] if scale is None else float(scale))
+            found[names.SCALE] = torch.tensor(self.loop["scale"] if scale is None else scale)
         if self.loop["rescale"]:
-            found[names.RESCALE] = torch.tensor(float(rescale))
+            found[names.RESCALE] = torch.tensor(rescale)
         return found
 
     def _noise(
-        self, table: SolverTable, noise: Sequence[torch.Tensor] | None, seed: int, draw: Draw, shape: tuple[int, ...]
+        self,
+        table: SolverTable,
+        noise: Sequence[torch.Tensor] | None,
+        seed: int | tuple[int, ...],
+        draw: Draw,
+        shape: tuple[int, ...],
     ) -> dict[str, torch.Tensor]:
         import torch
 
@@ -240,7 +293,12 @@ class Sampler:
         if noise is not None and kind != "input":
             raise UsageError(f"noise was given to an engine whose noise is {kind!r}; build it with --noise input")
         if kind == "seed":
-            return {names.SEED: whole(seed, "cpu")}
+            if noisy and not isinstance(seed, int):
+                raise UsageError(
+                    f"seed: {len(seed)} given, and the loop makes the noise of all pictures from one; give one, or "
+                    "build the engine with --noise input"
+                )
+            return {names.SEED: whole(of_run(seed) if isinstance(seed, int) else 0, "cpu")}
         if kind == "none":
             return {}
         if noise is not None and len(noise) != len(noisy):
@@ -249,7 +307,7 @@ class Sampler:
             )
         stacked = torch.zeros((self.loop["rows"], *shape))
         for number, row in enumerate(noisy):
-            stacked[row] = draw() if noise is None else fits("noise", noise[number], shape)
+            stacked[row] = draw() if noise is None else read.fits("noise", read.tensor("noise", noise[number]), shape)
         return {names.NOISE: stacked}
 
     def _hook(self, table: SolverTable) -> dict[str, torch.Tensor]:
@@ -279,12 +337,11 @@ class Sampler:
             if mask is not None:
                 raise UsageError("mask_image was given to an engine that cannot inpaint; build it with --inpaint")
             return {}
-        wanted = (unit.shape[0], 1, *unit.shape[2:])
-        if mask is not None and tuple(mask.shape) != wanted:
-            raise UsageError(f"mask_image is {tuple(mask.shape)}, and the engine takes {wanted}; give that")
-        known = torch.zeros_like(unit) if image is None else fits("image", image, tuple(unit.shape))
+        shape = tuple(unit.shape)
+        whole_picture = torch.ones(shape[0], 1, *shape[2:])
+        known = torch.zeros_like(unit) if image is None else read.fits("image", image, shape)
         return {
-            names.MASK: torch.ones(wanted) if mask is None else mask.float(),
+            names.MASK: whole_picture if mask is None else read.part_of_picture(mask, shape),
             names.KNOWN: known,
             names.KNOWN_NOISE: unit,
         }
@@ -297,8 +354,9 @@ class Sampler:
         limit: int | None,
         given: dict[str, torch.Tensor],
         sizes: Mapping[str, int],
+        first: int,
     ) -> dict[str, torch.Tensor]:
-        """The step cache's state at the start; its numbers go to ``given``."""
+        """The step cache's state at the start of ``rows`` rows behind the ``first``; its numbers go to ``given``."""
         import torch
 
         cache = self.loop["cache"]
@@ -308,32 +366,54 @@ class Sampler:
                     f"engine {self.engine.path.name!r} has no step cache; build it with one (--cache POLICY)"
                 )
             return {}
+        from hasten.passes.steps import controls
         from hasten.passes.steps.catalog import parse
-        from hasten.passes.steps.plan import planned
+        from hasten.passes.steps.forecast import Table
+        from hasten.passes.steps.plan import planned_behind
         from hasten.passes.steps.policy import DECIDE
 
-        decision = parse(cache["policy"]).decision
+        bits = self.loop.get("unrolled")
+        if bits is not None and (rows != len(bits) or any(told is not None for told in (mask, threshold, limit))):
+            raise UsageError(
+                f"engine {self.engine.path.name!r} was built for {len(bits)} evaluations, computed and reused as "
+                f"{bits}: it takes no mask, threshold or limit, and this run has {rows}; build it with "
+                "--cache-form conditional for what changes from run to run"
+            )
+        policy = parse(cache["policy"])
+        decision = policy.decision
+        if first and isinstance(policy.payload, Table):
+            raise UsageError(
+                f"{policy.name}'s forecasts were fitted call by call to whole runs, and this one begins at row "
+                f"{first}; take an engine with another payload, or without a step cache"
+            )
         forced = np.full(self.loop["rows"], DECIDE, np.int64)
-        wanted = planned(decision, rows, mask)
+        wanted = planned_behind(decision, first + rows, first, mask)
         forced[: len(wanted)] = wanted
         numbers = {
             names.FORCED: torch.from_numpy(forced),
             names.CACHE + "steps": whole(rows, "cpu"),
-            names.CACHE + "threshold": torch.tensor(decision.threshold if threshold is None else float(threshold)),
-            names.CACHE + "limit": whole(decision.limit if limit is None else int(limit), "cpu"),
+            names.CACHE + "threshold": torch.tensor(
+                decision.threshold if threshold is None else controls.threshold(threshold)
+            ),
+            names.CACHE + "limit": whole(decision.limit if limit is None else controls.limit(limit), "cpu"),
         }
         given |= {name: number for name, number in numbers.items() if name in self._inputs}
         held = {
             s["name"]: torch.full(sized(s["shape"], sizes, s["name"]), s["start"], dtype=getattr(torch, s["dtype"]))
             for s in self.engine.manifest.state
         }
-        return {names.DECISIONS: torch.full((self.loop["rows"],), DECIDE), **held}
+        decisions = torch.full((self.loop["rows"],), DECIDE)
+        return {n: t for n, t in {names.DECISIONS: decisions, **held}.items() if n in self._inputs}
 
+    def _idle(self, mask: str | Sequence[int] | None, threshold: float | None) -> Callable[[str], object] | None:
+        """What tells of a threshold that never fires, or always, from the decisions of a whole run; None for no cache.
 
-def fits(what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """``tensor`` in float32; `UsageError` where it has not the sizes of the run's latents."""
-    if tuple(tensor.shape) != shape:
-        raise UsageError(
-            f"{what} is {tuple(tensor.shape)}, and the engine makes {shape}; give that, or build another engine"
-        )
-    return tensor.detach().float()
+        Nor for a run that is told its decisions.
+        """
+        from hasten.backends.cached_run import warn_idle
+        from hasten.passes.steps.catalog import parse
+
+        if self.loop["cache"] is None or mask is not None:
+            return None
+        policy = parse(self.loop["cache"]["policy"])
+        return partial(warn_idle, policy, policy.decision.threshold if threshold is None else float(threshold))

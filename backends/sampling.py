@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hasten.backends import sampler_inputs as read
 from hasten.backends.decoder import Decoder
 from hasten.backends.manifest import Manifest, TensorSpec
 from hasten.backends.shapes import multiple
 from hasten.errors import UsageError
 from hasten.passes.solvers import catalog, from_config, names
+from hasten.passes.solvers.configuration import configuration
 from hasten.passes.solvers.hooks import Threshold
 from hasten.passes.solvers.plan import GUIDANCE, NOISE, LoopPlan, Shaped, check_choice
 from hasten.passes.solvers.process import Process
@@ -50,13 +52,14 @@ class Sampling:
 
     ``solver`` (`passes.solvers.catalog`) and ``steps`` are what the engine runs unless it is told otherwise; it serves
     any solver with at most ``rows`` evaluations over at most ``history`` latents. ``process`` says what the network was
-    trained on, as `Process.of` reads it; bundled models say so themselves. A diffusers scheduler's configuration also
-    says which solver, where that is None, and whether x0 is clipped or thresholded, where the solver does not. An
+    trained on, as `Process.of` reads it; bundled models say so themselves. A diffusers scheduler, or its configuration,
+    also says which solver, where that is None, and whether x0 is clipped or thresholded, where the solver does not. An
     engine whose solver does one of the two can also leave it, and takes other limits; a threshold's ratio can be
     higher, not lower. ``guidance`` is the scale, ``form`` how the network is guided (`GUIDANCE`), None for the plainest
     that the scale and the network allow; ``rescale`` adds the rescaling of Lin et al. ``noise`` (`NOISE`) is where a
     stochastic solver's noise comes from, None for ``seed`` where the solver takes noise. ``inpaint``: the engine can
-    keep a part of a given picture. ``time_scale`` multiplies the times. ``sample`` and ``time`` name the network's
+    keep a part of a given picture. ``time_scale`` multiplies the times that the network is told; None is
+    what a registered model wants (0.001 for FLUX), 1 for others. ``sample`` and ``time`` name the network's
     inputs where their names do not tell. ``second`` is the guide of LTSP, STSP and guided solvers, or CAF's
     acceleration; the engine then holds both networks. ``decoder`` makes pixels of the last latents.
     """
@@ -70,8 +73,8 @@ class Sampling:
     inpaint: bool = False
     rows: int | None = None
     history: int = HISTORY
-    process: Mapping[str, Any] | None = None
-    time_scale: float = 1.0
+    process: Any = None
+    time_scale: float | None = None
     sample: str | None = None
     time: str | None = None
     second: Second | None = None
@@ -79,6 +82,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.solver is not None:
+            if not isinstance(self.solver, str):
+                raise UsageError(f"solver: {self.solver!r} is no solver's name; give 'unipc', for one")
             catalog.parse(self.solver)
         if self.form is not None:
             check_choice("form of guidance", self.form, GUIDANCE)
@@ -89,10 +94,12 @@ class Sampling:
             ("rows", 1 if self.rows is None else self.rows),
             ("history", self.history),
         ):
-            if value < 1:
-                raise UsageError(f"{name}: {value} given; give 1 or more")
-        if self.guidance < 0:
-            raise UsageError(f"guidance: {self.guidance:g} given; a scale is 0 or more, and 1 guides nothing")
+            read.whole(name, value)
+        if self.time_scale is not None and not 0 < self.time_scale < math.inf:
+            raise UsageError(f"time_scale: {self.time_scale:g} given; give a number above 0")
+        if self.process is not None:  # frozen, and kept as the plain mapping that a manifest can hold
+            object.__setattr__(self, "process", configuration(self.process))
+        read.number("guidance", self.guidance, 0)
 
     def trained_on(self) -> Process:
         """The process; `UsageError` where nobody said."""
@@ -136,6 +143,8 @@ class Looping:
     described: Mapping[str, Any]
     doubled: str | None = None
     """The network's own batch where it is a dynamic size and twice the number of pictures."""
+    bits: tuple[bool, ...] | None = None
+    """The decisions of all rows, where they are unrolled."""
 
     def bounds(self, dims: Mapping[str, tuple[int, int | None]]) -> dict[str, tuple[int, int | None]]:
         """The ranges of the engine's sizes, from those of the network's."""
@@ -149,7 +158,7 @@ class Looping:
         """Put an ONNX denoiser, which is changed, into its loop."""
         from hasten.passes.onnx.solver_loop import solver_loop
 
-        return solver_loop(model, self.plan, self.kept, self.controls)
+        return solver_loop(model, self.plan, self.kept, self.controls, self.bits)
 
     @classmethod
     def of(
@@ -159,19 +168,24 @@ class Looping:
         made: Sequence[TensorSpec],
         state: Sequence[Mapping[str, Any]] = (),
         cache: Mapping[str, Any] | None = None,
+        *,
+        unroll: bool = False,
     ) -> Looping:
         """Find the parts of a network with inputs ``given`` and outputs ``made``; ``state`` is its step cache's.
 
-        `UsageError` where they do not fit what is asked for.
+        ``unroll``: its decisions are known, and the rows stand one behind another. `UsageError` where they do not fit
+        what is asked for.
         """
         text, table = sampling.table()
+        bits = _decisions(sampling, cache, len(table)) if unroll else None
         carried = {s["name"] for s in state}
         own = tuple(s for s in given if not s.name.startswith(names.CACHE))
         kept = tuple(_shaped(s) for s in given if s.name in carried)
         controls = tuple(_shaped(s) for s in given if s not in own and s.name not in carried)
         noise = sampling.noise or ("seed" if table.noisy else "none")
         # a loop that is given noise for every row has no room that it does not need
-        rows = sampling.rows or (len(table) if noise == "input" else max(len(table), ROWS))
+        whole = noise == "input" or unroll
+        rows = sampling.rows or (len(table) if whole else max(len(table), ROWS))
         plan = _hooked(plan_of(sampling, own, made, noise, rows), table)
         if cache is not None:
             plan = replace(plan, follow=parse(cache["policy"]).branches == "conditional")
@@ -193,13 +207,14 @@ class Looping:
             "ratio": table.hook.ratio if isinstance(table.hook, Threshold) else None,
             "inpaint": plan.inpaint,
             "process": {key: _in_json(value) for key, value in (sampling.process or {}).items()},
-            "time_scale": sampling.time_scale,
+            "time_scale": 1.0 if sampling.time_scale is None else sampling.time_scale,
             "latents": list(plan.latents),
             "conditions": [c.name for c in plan.conditions],
             "shared": [s.name for s in plan.shared],
             "networks": 1 if plan.which is None else 2,
             "beside": plan.beside is not None,
             "cache": None if cache is None else dict(cache),
+            "unrolled": None if bits is None else "".join(str(int(bit)) for bit in bits),
             "state": [
                 {**s, "name": s["name"] + b, "shape": sizes[s["name"]]}
                 for b in names.BRANCHES[: plan.calls]
@@ -207,7 +222,21 @@ class Looping:
                 if s["name"] in sizes
             ],
         }
-        return cls(plan, kept, controls, described, doubled)
+        return cls(plan, kept, controls, described, doubled, bits)
+
+
+def _decisions(sampling: Sampling, cache: Mapping[str, Any] | None, rows: int) -> tuple[bool, ...]:
+    """What a step cache whose schedule is known does in each row."""
+    mask = None if cache is None else parse(cache["policy"]).decision.mask(rows)
+    if mask is None:
+        policy = "no step cache was given" if cache is None else f"{cache['policy']} decides by the data of a run"
+        raise UsageError(f"a sampler is built without branches where every decision is known, and {policy}")
+    if sampling.rows not in (None, rows):
+        raise UsageError(
+            f"rows: {sampling.rows} given, and a sampler without branches has a row for each of its {rows} "
+            "evaluations; leave rows out"
+        )
+    return tuple(bool(bit) for bit in mask)
 
 
 def _halved(size: int | str, batch: str, kept: Shaped) -> int | str:

@@ -127,6 +127,7 @@ def bound(shape: Sequence[Dim], sizes: Sequence[int]) -> dict[str, int]:
     return found
 
 
+_MAX_POWER = 4
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -152,12 +153,22 @@ def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int | None:
         return None
 
 
+def _power(size: int, power: int) -> int:
+    """``h**2`` tokens of a square picture; a manifest may not ask for numbers without end."""
+    if not 0 <= power <= _MAX_POWER:
+        raise ValueError(power)
+    raised: int = size**power
+    return raised
+
+
 def _value(node: ast.expr, symbols: Mapping[str, int]) -> int:
     match node:
         case ast.Constant(value=int(value)):
             return value
         case ast.Name(id=name):
             return symbols[name]
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            return _power(_value(left, symbols), _value(right, symbols))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(left, symbols), _value(right, symbols))
     raise ValueError(node)

@@ -103,9 +103,10 @@ def _registered(source: Any, dynamic_shapes: Any, dtype: str | None, weights: An
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         adapter = from_source(text) if is_directory_source(text) else get(text, weights=weights)
-    module, wanted = adapter.module(), getattr(torch, dtype or "float32")
+    wanted = getattr(torch, dtype or "float32")
+    module = adapter.module(wanted).to(device)
     examples = {name: t.to(device) for name, t in adapter.example_inputs(dtype=wanted).items()}
-    return Origin(module.to(device, wanted), (), examples, dynamic_shapes, adapter.name, adapter.output_names)
+    return Origin(module, (), examples, dynamic_shapes, adapter.name, adapter.output_names)
 
 
 def _converted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: str) -> tuple[Any, Any, Any]:

@@ -42,7 +42,8 @@ class Caching:
     """What a build is asked to cache: the policy, the form, and the blocks that a reused step leaves out.
 
     ``calibration`` is the file that the policy is read from, None where it is written out; ``told`` the policy whose
-    decisions were folded into this one's mask.
+    decisions were folded into this one's mask. ``looped``: the network stands in a sampler, whose rows are unrolled in
+    the form without branches.
     """
 
     policy: Policy
@@ -51,9 +52,12 @@ class Caching:
     region: str | None
     calibration: str | None = None
     told: str | None = None
+    looped: bool = False
 
     @classmethod
-    def of(cls, cache: str | None, form: str | None = None, region: str | None = None) -> Caching | None:
+    def of(
+        cls, cache: str | None, form: str | None = None, region: str | None = None, *, looped: bool = False
+    ) -> Caching | None:
         """Read the options of a build; None where there is no cache."""
         from hasten.passes.steps.catalog import canonical, parse
 
@@ -64,7 +68,18 @@ class Caching:
             return None
         policy = parse(cache)
         calibration = cache.strip() if cache.strip().endswith(".json") else None
-        return cls(policy, canonical(cache), choose_form(form, policy), region, calibration)
+        form = choose_form("conditional" if looped and form is None else form, policy)
+        return cls(policy, canonical(cache), form, region, calibration, looped=looped)
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether a sampler's rows are to stand one behind another."""
+        return self.looped and self.form == "straight"
+
+    @property
+    def network_form(self) -> str:
+        """The form of the network by itself: an unrolled sampler takes the branches of the conditional one."""
+        return "conditional" if self.looped else self.form
 
     def apply(self, flat: FlatProgram, report: Report) -> tuple[CachedProgram, dict[str, Any]]:
         """Find the region in ``flat``, cut it, and describe what was done, for the manifest and the report."""
@@ -73,7 +88,7 @@ class Caching:
         self.check_fits(report.source, flat.inputs)
         found = find_cut(flat.module, self.policy, self.region)
         folded = self.folded(found, lambda: signal_in_graph(flat, found))
-        cached = with_cache(flat, found.cut, folded.policy, folded.form)
+        cached = with_cache(flat, found.cut, folded.policy, folded.network_form)
         return cached, folded.describe(found, cached.state_bytes, report)
 
     def folded(self, found: Found[Any], signal: Callable[[], SignalAt]) -> Caching:
@@ -95,11 +110,17 @@ class Caching:
         check_fits(self.calibration, model if model in names() else None, None, (1, *sizes) if known else None)
 
     def check_calls(self, calls: int) -> None:
-        """Refuse a calibration of another number of calls than a run of the engine makes."""
+        """Refuse a calibration, or a mask, of another number of calls than a run of the engine makes."""
         from hasten.backends.calibrate_file import check_fits
 
         if self.calibration is not None:
             check_fits(self.calibration, steps=calls)
+        self.policy.decision.mask(calls)  # refuses a mask for another number
+        times = times_of(self.policy) if self.form == "straight" else ()
+        if times and len(times) != calls:
+            raise UsageError(
+                f"{self.policy.name}: times: {len(times)} were given and the run has {calls} steps; give one a step"
+            )
 
     def describe(self, found: Found[Any], state_bytes: int, report: Report) -> dict[str, Any]:
         """What was done, for the manifest; one line of it goes into the report as well."""

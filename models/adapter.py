@@ -32,17 +32,17 @@ class Adapter:
     inputs: tuple[Input, ...]
     output_names: tuple[str, ...]
     expected: Mapping[str, int]
-    build: Callable[[], nn.Module] = field(repr=False, compare=False)
+    build: Callable[[torch.dtype], nn.Module] = field(repr=False, compare=False)
     skeleton: Callable[[], nn.Module] = field(repr=False, compare=False)
     batch: int = 2
     multiples: Mapping[str, int] = field(default_factory=dict)
 
-    def module(self) -> nn.Module:
-        """Build the model: evaluation mode, float32, no gradients.
+    def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Build the model: evaluation mode, weights and buffers in ``dtype``, no gradients.
 
         Named tensors in, one tensor or a tuple of tensors out. Every call builds a new one, with the same weights.
         """
-        return self.build().float().eval().requires_grad_(False)
+        return self.build(dtype).to(dtype).eval().requires_grad_(False)
 
     def example_inputs(
         self, batch: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32

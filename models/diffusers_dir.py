@@ -11,6 +11,7 @@ from hasten.models.diffusers_weights import read_config
 
 if TYPE_CHECKING:
     from hasten.models.adapter import Adapter
+    from hasten.models.family import Family
 
 FAMILIES = {
     "UNet2DConditionModel": ("unet", "TEXT"),
@@ -37,17 +38,33 @@ def from_source(source: str, *, variant: str | None = None, processor: str = "sd
     Raises `UsageError` for a missing directory or part, an unknown class, and weights that are not safetensors.
     """
     root, _, part = source.partition("#")
-    directory = Path(root, part) if part else Path(root)
+    directory = _directory(source)
     if part and Path(root).is_dir() and not directory.is_dir():
         parts = sorted(p.parent.name for p in Path(root).glob("*/config.json"))
         raise UsageError(f"{root} has no part {part!r}; it has {', '.join(parts) or 'none'}.{nearest(part, parts)}")
     class_name = read_config(directory)["_class_name"]
-    if class_name not in FAMILIES:
+    if (known := family_of_class(class_name)) is None:
         raise UsageError(
             f"{directory} holds a {class_name}, which is not known; known are {', '.join(FAMILIES)}."
             f"{nearest(class_name, FAMILIES)}"
         )
-    module, family = FAMILIES[class_name]
-    return getattr(import_module(f"hasten.models.{module}"), family).from_directory(
-        directory, name=source, variant=variant, processor=processor
-    )
+    return known.from_directory(directory, name=source, variant=variant, processor=processor)
+
+
+def family(source: str) -> Family | None:
+    """The family of the model that a directory holds; None where its class is not known."""
+    return family_of_class(read_config(_directory(source))["_class_name"])
+
+
+def family_of_class(class_name: str) -> Family | None:
+    """The family of a diffusers class; None where it is not known."""
+    if class_name not in FAMILIES:
+        return None
+    module, name = FAMILIES[class_name]
+    found: Family = getattr(import_module(f"hasten.models.{module}"), name)
+    return found
+
+
+def _directory(source: str) -> Path:
+    root, _, part = source.partition("#")
+    return Path(root, part) if part else Path(root)

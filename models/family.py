@@ -35,7 +35,7 @@ class Family:
     ``inputs(config, sizes)`` lists the forward's inputs, ``wrap(model, config, sizes)`` returns the module with that
     forward; ``sizes`` are what a configuration does not say (tokens of a prompt, ...). ``multiples(config)`` gives
     what a dynamic size must be a multiple of. ``processors`` is whether the attention can be spelled in both of
-    diffusers' ways.
+    diffusers' ways. ``time_scale`` is what its pipelines multiply a scheduler's times by for the network.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Family:
     multiples: Callable[[Config], Sizes] = no_multiples
     processors: bool = True
     batch: int = 2
+    time_scale: float = 1.0
 
     def model_class(self) -> Any:
         """Return the diffusers class."""
@@ -80,7 +81,7 @@ class Family:
             expected=None,
             trained=True,
             processor=processor,
-            make=lambda: load_directory(self.model_class(), directory, variant),
+            make=lambda _: load_directory(self.model_class(), directory, variant),
         )
 
     def from_architecture(self, architecture: Architecture, *, reduced: bool, processor: str = "sdpa") -> Adapter:
@@ -97,7 +98,7 @@ class Family:
             expected=architecture.expected,
             trained=False,
             processor=processor,
-            make=lambda: filled(lambda: self.model_class()(**config)),
+            make=lambda dtype: filled(lambda: self.model_class()(**config), dtype=dtype),
         )
 
     def describe(
@@ -110,9 +111,12 @@ class Family:
         expected: Mapping[str, int] | None,
         trained: bool,
         processor: str,
-        make: Callable[[], nn.Module],
+        make: Callable[[torch.dtype], nn.Module],
     ) -> Adapter:
-        """Put an adapter together; ``make`` builds the diffusers model, ``expected`` is counted where it is None."""
+        """Put an adapter together; ``expected`` is counted where it is None.
+
+        ``make`` builds the diffusers model; it is told which type its weights will be used in.
+        """
         check_processor(name, processor, allowed=self.processors)
 
         def finish(model: nn.Module) -> nn.Module:
@@ -134,7 +138,7 @@ class Family:
             inputs=inputs,
             output_names=self.output_names,
             expected=census(skeleton(), inputs) if expected is None else expected,
-            build=lambda: finish(make()),
+            build=lambda dtype: finish(make(dtype)),
             skeleton=skeleton,
             batch=self.batch,
             multiples=self.multiples(config),

@@ -92,7 +92,16 @@ def _wrap(model: nn.Module, config: Config, sizes: Sizes) -> nn.Module:
     return GuidedFlowTransformer(model) if config.get("guidance_embeds") else FlowTransformer(model)
 
 
-FLUX = Family("flux", "FluxTransformer2DModel", _inputs, _wrap, {"side": 64, "text": 512}, processors=False, batch=1)
+FLUX = Family(
+    "flux",
+    "FluxTransformer2DModel",
+    _inputs,
+    _wrap,
+    {"side": 64, "text": 512},
+    processors=False,
+    batch=1,
+    time_scale=0.001,  # pipelines/flux/pipeline_flux.py of diffusers: timestep / 1000
+)
 
 ARCHITECTURES = (
     Architecture(

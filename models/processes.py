@@ -1,4 +1,4 @@
-"""What models were trained on, as far as their names tell: `Process.of` reads it."""
+"""What models were trained on, as far as their names tell: `Process.of` reads it; and how they are told the time."""
 
 from __future__ import annotations
 
@@ -34,3 +34,18 @@ def process_of(name: str) -> Mapping[str, Any] | None:
         known = ("objective", "schedule", "shift")
         return {key: value for key, value in specification(name).items() if key in known}
     return _NAMED.get(name.removesuffix("-reduced"))
+
+
+def time_scale_of(name: str) -> float:
+    """What a scheduler's times are multiplied by for a network: 1 unless its family says otherwise.
+
+    ``name`` is that of a registered model, in full or reduced form, a diffusers directory as a source, or the name of a
+    diffusers class.
+    """
+    from hasten.models import diffusers_dir, registry
+
+    if name and diffusers_dir.is_directory_source(name):
+        family = diffusers_dir.family(name)
+    else:
+        family = registry.family(name) or diffusers_dir.family_of_class(name)
+    return 1.0 if family is None else family.time_scale

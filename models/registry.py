@@ -13,6 +13,7 @@ from hasten.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from hasten.models.adapter import Adapter
+    from hasten.models.family import Architecture, Family
 
 BUNDLED = ("scenes-unet", "scenes-dit", "scenes-video")
 """Small, trained, and shipped with the package."""
@@ -68,7 +69,19 @@ def get(
                 f"{name} has bundled weights and takes no others; name the directory {weights} itself as the source"
             )
         return scenes.adapter(base, reduced=reduced, processor=processor)
-    architecture = next(a for a in import_module(f"hasten.models.{_HOMES[base]}").ARCHITECTURES if a.name == base)
+    architecture = _architecture(base)
     if weights is not None:
         return architecture.family.from_directory(Path(weights), name=name, processor=processor, variant=variant)
     return architecture.family.from_architecture(architecture, reduced=reduced, processor=processor)
+
+
+def family(name: str) -> Family | None:
+    """The family of a real architecture; None for a bundled model, and for what is no registered name."""
+    base = name.removesuffix(_REDUCED)
+    return _architecture(base).family if base in _HOMES else None
+
+
+def _architecture(base: str) -> Architecture:
+    module = import_module(f"hasten.models.{_HOMES[base]}")
+    found: Architecture = next(a for a in module.ARCHITECTURES if a.name == base)
+    return found

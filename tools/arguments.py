@@ -65,7 +65,11 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help="NAME:OPTION=VALUE,…, such as teacache:threshold=0.25,model=flux, or a file that calibrate wrote",
     )
-    group.add_argument("--cache-form", metavar="FORM", help="conditional (a branch in the graph) or straight (none)")
+    group.add_argument(
+        "--cache-form",
+        metavar="FORM",
+        help="conditional (a branch in the graph) or straight (none; a sampler is unrolled)",
+    )
     group.add_argument("--region", metavar="FIRST:LAST", help="the blocks that a reused step leaves out")
 
 
@@ -104,6 +108,13 @@ def sampler_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scheduler", type=Path, metavar="FILE", help="scheduler_config.json: what the network was trained on"
     )
+    group.add_argument(
+        "--time-scale",
+        type=positive,
+        metavar="X",
+        help="what the network is told is X times the training's time: 0.001 for one that wants 0 to 1 (FLUX: the "
+        "default there; 1 elsewhere)",
+    )
 
 
 def _decoder(args: argparse.Namespace) -> Any:
@@ -116,7 +127,7 @@ def sampling(args: argparse.Namespace) -> Any:
     """The `hasten.Sampling` that `sampler_options` asked for, None without one."""
     if args.solver is None:
         given = ("steps", "guidance", "guidance_form", "noise", "rows", "scheduler", "rescale", "inpaint", "decoder")
-        if extra := [name for name in given if getattr(args, name)]:
+        if extra := [name for name in (*given, "time_scale") if getattr(args, name)]:
             raise UsageError(f"--{extra[0].replace('_', '-')} is of a sampler; say which: --solver NAME")
         return None
     from hasten.backends.sampling import Sampling
@@ -131,6 +142,7 @@ def sampling(args: argparse.Namespace) -> Any:
         inpaint=args.inpaint,
         rows=args.rows,
         process=None if args.scheduler is None else _scheduler(args.scheduler),
+        time_scale=args.time_scale,
         decoder=_decoder(args),
     )
 
@@ -146,6 +158,12 @@ def _scheduler(path: Path) -> dict[str, Any]:
         raise UsageError(f"--scheduler: {path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise UsageError(f"--scheduler: {path} holds a {type(found).__name__}, not a scheduler's configuration")
+    from hasten.passes.solvers.process import Process
+
+    try:
+        Process.of(found)
+    except UsageError as error:
+        raise UsageError(f"--scheduler: {path}: {str(error).removeprefix('process: ')}") from error
     return found
 
 

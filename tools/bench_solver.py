@@ -190,11 +190,11 @@ def _settings(
 
 
 def _check_caches(policies: Sequence[str | None], tables: Mapping[tuple[str, int], SolverTable]) -> None:
-    """Refuse a calibration of another number of calls before an engine is built."""
+    """Refuse a calibration or a mask of another number of calls before an engine is built."""
     from hasten.backends.step_cache import Caching
 
     for policy in policies:
-        if (caching := Caching.of(policy)) is not None:
+        if (caching := Caching.of(policy, looped=True)) is not None:
             for made in tables.values():
                 caching.check_calls(len(made))
 

@@ -97,11 +97,16 @@ class Console:
 
 
 class _Handler(logging.Handler):
+    """Tells a warning once, however many runs of one command have reason for it."""
+
     def __init__(self, console: Console) -> None:
         super().__init__()
-        self.console = console
+        self.console, self.told = console, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING and record.getMessage() in self.told:
+            return
+        self.told.add(record.getMessage())
         sys.stderr.write(f"hasten {self.console.verb}: {record.levelname.lower()}: {record.getMessage()}\n")
 
 

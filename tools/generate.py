@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError, UsageError, nearest
+from hasten.passes.solvers.seeds import check_seed
 from hasten.tools.arguments import SOLVER_HELP, cache_options, expectations, number, one_of, target, whole
 from hasten.tools.console import Console, duration, table
 from hasten.tools.files import check_folder, replace, replace_text
 from hasten.tools.generate_cached import CachedDenoise, summary
+from hasten.tools.generate_expected import expected
 from hasten.tools.generate_loop import LoopDenoise, is_guided, sampling_of, table_of
 from hasten.tools.grid import write_rows
 from hasten.tools.quality import psnr
@@ -125,6 +127,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "as in 0,5,10"
         )
     labels = [labels[i % len(labels)] for i in range(args.count)]
+    check_seed(args.seed)
     folder = check_folder(args.output)
     chosen = _target(args.target, console)
     if is_guided(get(args.model), args.solver, args.steps):
@@ -195,6 +198,9 @@ def _optimised(
             sampling=None if args.solver is None else sampling_of(adapter, args.solver, args.steps, args.guidance),
             progress=tell,
         )
+    if args.cache is not None:
+        calls = args.steps if args.solver is None else len(table_of(adapter, args.solver, args.steps))
+        console.show(expected(args.cache, engine.manifest, calls))
     if args.solver is not None:
         return LoopDenoise(engine, adapter), dict(engine.report)
     if args.cache is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hasten.backends.engine import Engine
     from hasten.models.adapter import Adapter
     from hasten.passes.solvers.picard import Picard
+    from hasten.passes.solvers.table import SolverTable
 
 OPTIONS: Mapping[str, Option] = {
     "tolerance": Option("number", "how much a settled state may change, 0.1 in ParaDiGMS", 0.1, low=0.0),
@@ -53,6 +55,8 @@ def request(text: str) -> Request:
         options["tolerance"] = 0.0
     elif options["tolerance"] == 0:
         raise UsageError("picard: tolerance: 0 was given; it is above 0; exact=true makes the plain loop's result")
+    elif options["tolerance"] == math.inf:
+        raise UsageError("picard: tolerance: inf was given, with which nothing is ever waited for; 0.1 is usual")
     return Request("picard", options)
 
 
@@ -67,7 +71,6 @@ def run(
     from hasten.models.scenes.generate import generate, solver
     from hasten.models.scenes.subject import subject
     from hasten.passes.solvers.picard_gain import predicted_gain
-    from hasten.passes.solvers.picard_sweeps import expected_sweeps
     from hasten.passes.solvers.sample import sample
     from hasten.tools import generate as verb
     from hasten.tools.generate_loop import table_of
@@ -80,6 +83,7 @@ def run(
             raise UsageError(f"--picard asks an engine for many rows at once; {name} is not for that, leave one out")
     found = solver(adapter, args.steps) if args.solver is None else table_of(adapter, args.solver, args.steps)
     window, processes = min(options["window"], len(found)), options["processes"]
+    sweeps = _sweeps(found, window, options, args.solver)
     samples = -(-window * len(labels) // processes)
     with console.progress("building the engines of one row and of the window") as tell:
         one, several = (_built(adapter, n, chosen, folder, args, tell) for n in (len(labels), samples))
@@ -108,11 +112,13 @@ def run(
 
         with console.progress("measuring one row and the window"):
             alone, whole = _measured(lambda: denoise(x, float(found.time[0]))), others.measure()
-        sweeps = expected_sweeps(found, window, options["tolerance"], options["acceleration"])
-        # a sweep of the team is one call that waits for another
-        gain = predicted_gain({1: alone, window: whole}, found, window, sweeps, force=options["force"])
-        where = f" in {processes} processes" if processes > 1 else ""
-        console.show(f"{asked}", f"predicted: {sweeps} sweeps over {window} of {len(found)} rows{where}: {gain}")
+        where = f"over {window} of {len(found)} rows" + (f" in {processes} processes" if processes > 1 else "")
+        gain = None
+        if sweeps is not None:
+            # a sweep of the team is one call that waits for another
+            gain = predicted_gain({1: alone, window: whole}, found, window, sweeps, force=options["force"])
+        told = f"predicted: {sweeps} sweeps {where}: {gain}" if gain is not None else f"sweeps {where}, not predicted"
+        console.show(f"{asked}", told)
         runs: list[Picard] = []
 
         def picard() -> torch.Tensor:
@@ -151,7 +157,7 @@ def run(
             "evaluations": runs[0].evaluations,
             "seconds_of_a_row": alone,
             "seconds_of_a_window": whole,
-            "predicted_speedup": gain.factor,
+            "predicted_speedup": None if gain is None else gain.factor,
             "seconds": {name: t.as_dict() for name, t in zip(("plain", "picard"), times, strict=True)},
             "measured_speedup": times[0].median / times[1].median,
             "psnr_to_plain_db": psnr(*made.values()),
@@ -167,6 +173,22 @@ def run(
     )
     console.show(*_summary(document["picard"]), "", f"wrote {', '.join(document['outputs'])}")
     return 0
+
+
+def _sweeps(found: SolverTable, window: int, options: Mapping[str, Any], solver: str | None) -> int | None:
+    """How many sweeps are expected, None where that is not known and the run is forced; before anything is built."""
+    from hasten.passes.solvers.picard_sweeps import expected_sweeps
+
+    if found.network.any():
+        raise UsageError(
+            f"--picard asks one network for many rows at once, and --solver {solver} asks two; leave one out"
+        )
+    try:
+        return expected_sweeps(found, window, options["tolerance"], options["acceleration"])
+    except UsageError:
+        if not options["force"]:
+            raise
+        return None
 
 
 def _built(
@@ -194,8 +216,9 @@ def _cores() -> int:
 def _summary(found: Mapping[str, Any]) -> list[str]:
     quality = "identical" if found["psnr_to_plain_db"] is None else f"{found['psnr_to_plain_db']:.1f} dB"
     plain, picard = (found["seconds"][name]["median"] for name in ("plain", "picard"))
+    predicted = "not" if found["predicted_speedup"] is None else f"{found['predicted_speedup']:.2f}"
     return [
         f"took {found['sweeps']} sweeps and {found['evaluations']} evaluations for {found['rows']} rows: "
         f"{duration(picard)} instead of {duration(plain)}, {found['measured_speedup']:.2f} times as fast "
-        f"({found['predicted_speedup']:.2f} predicted); PSNR to the plain loop: {quality}"
+        f"({predicted} predicted); PSNR to the plain loop: {quality}"
     ]

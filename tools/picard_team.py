@@ -1,7 +1,7 @@
 """The processes that share a Picard run: the one that was started, and those that it starts.
 
-All of them hold the same engine, and do what the first says: measure a call, or make a run. A process that ends ends
-the run of all.
+All of them hold the same engine, and do what the first says: measure a call, make a run, or stop. A process that ends
+before that ends the run of all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +29,13 @@ from hasten.errors import HastenError
 from hasten.passes.solvers.picard import Picard, picard
 from hasten.passes.solvers.table import SolverTable
 
-MEASURE, RUN = range(2)
+MEASURE, RUN, STOP = range(3)
 SETTINGS = "settings.json"
 TIMEOUT = 300.0
 CALLS = 5
 """Timed calls of a measurement."""
+LEAVE = 30.0
+"""Seconds that the others have to end when they are told to."""
 
 
 class Network:
@@ -144,14 +146,16 @@ def team(settings: Settings) -> Iterator[Team]:
         try:
             if others:
                 _join(0, settings, Path(folder))
-            yield Team(Member(settings))
+            made = Team(Member(settings))
+            yield made
+            made.stop(others)
         finally:
             torch.set_num_threads(before)
-            if others:
-                dist.destroy_process_group()
             for process in others:
-                process.kill()
+                process.kill()  # before the group: what still waits for it would tell of a lost connection
                 process.wait()
+            if dist.is_initialized() and others:
+                dist.destroy_process_group()
 
 
 class Team:
@@ -169,6 +173,13 @@ class Team:
         """Sample from unit noise ``x``."""
         with self._all(RUN):
             return self.member.run(x, noise)
+
+    def stop(self, others: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Tell ``others`` that nothing more will be asked, and wait for their end."""
+        with self._all(STOP):
+            for process in others:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LEAVE)
 
     @contextmanager
     def _all(self, word: int) -> Iterator[None]:
@@ -210,7 +221,7 @@ def _join(rank: int, settings: Settings, folder: Path) -> None:
 
 
 def main(rank: int, folder: Path) -> None:
-    """Another process: do what the first says until it has gone."""
+    """Another process: do what the first says until it says to stop."""
     told = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     settings = Settings(**{**told, "labels": tuple(told["labels"])})
     torch.set_num_threads(settings.threads)
@@ -220,10 +231,13 @@ def main(rank: int, folder: Path) -> None:
     word = torch.zeros((), dtype=torch.int64)
     while True:
         dist.broadcast(word, 0)
+        if int(word) == STOP:
+            break
         if int(word) == MEASURE:
             member.measure()
         else:
             member.run(nothing, [nothing] * len(member.table.noisy))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

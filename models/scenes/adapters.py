@@ -73,7 +73,7 @@ def adapter(name: str, *, reduced: bool = False, processor: str = "sdpa") -> Ada
         expected=model.expected,
         trained=True,
         processor=processor,
-        make=lambda: load(name),
+        make=lambda _: load(name),
     )
 
 

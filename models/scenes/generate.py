@@ -22,6 +22,7 @@ from hasten.models.scenes.subject import subject
 from hasten.passes.solvers.ddim import ddim
 from hasten.passes.solvers.flow_euler import flow_euler
 from hasten.passes.solvers.sample import sample
+from hasten.passes.solvers.seeds import of_picture
 from hasten.passes.solvers.table import SolverTable
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,7 +47,7 @@ def initial_noise(adapter: Adapter, count: int, seed: int) -> torch.Tensor:
 def _noise(adapter: Adapter, count: int, seed: int, draws: int) -> list[torch.Tensor]:
     """Draw several times, each picture from a generator of its own."""
     shape = adapter.inputs[0].shape[1:]
-    generators = [torch.Generator().manual_seed((seed << 24) + i) for i in range(count)]
+    generators = [torch.Generator().manual_seed(of_picture(seed, i)) for i in range(count)]
     return [torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(draws)]
 
 

@@ -40,6 +40,7 @@ def normal(seed: Tensor, counter: Tensor, like: Tensor) -> Tensor:
 def _permuted(x: Tensor, key: Tensor) -> Tensor:
     for constant in _CONSTANTS[:ROUNDS]:
         base = (x + key + constant) % PRIME
-        square = base * base % PRIME
-        x = square * square % PRIME * base % PRIME
+        # `square` reads its operand once: as a product, Inductor would write all that is before it twice, every round
+        fourth = (base.square() % PRIME).square() % PRIME
+        x = fourth * base % PRIME
     return (x + key) % PRIME

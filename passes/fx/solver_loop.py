@@ -6,7 +6,8 @@ trace the body first, which gives up at a conditional in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class SolverLoop(nn.Module):
             own = dict(zip(self.carried, others, strict=False))
             outer = dict(zip(read, others[carried - 2 :], strict=True))
             inner = {name.removeprefix("weight/"): outer[name] for name in weights}
-            following, preview = self._row(outer, inner, index, own, shown)
+            following, preview = self._row(outer, partial(functional_call, self.denoiser, inner), index, own, shown)
             return index + 1, preview, *(following[name] for name in self.carried)
 
         # shown before a row has said anything of the clean sample
@@ -85,12 +86,12 @@ class SolverLoop(nn.Module):
     def _row(
         self,
         given: dict[str, Tensor],
-        weights: dict[str, Tensor],
+        network: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
         index: Tensor,
         held: dict[str, Tensor],
         shown: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """One row: what is carried to the next, and the preview."""
+        """One row, with ``network`` for the denoiser: what is carried to the next, and the preview."""
         plan, following, predictions, made = self.plan, dict(held), list[Tensor](), dict[str, Tensor]()
         rows = loop.Rows(*(given.get(loop.PREFIX + name) for name in loop.Rows._fields))
         row = solver_row.before(plan, rows, index, held[names.STATE], self._painting(given))
@@ -105,7 +106,7 @@ class SolverLoop(nn.Module):
                 fed[names.CACHE + "force"] = given[names.FORCED].index_select(0, index.reshape(1))[0]
             if number and plan.follow:
                 fed[names.CACHE + "force"] = made[names.CACHE + "computed"].to(torch.int64)
-            returned = functional_call(self.denoiser, weights, tuple(fed[name] for name in self.reads))
+            returned = network(tuple(fed[name] for name in self.reads))
             made = dict(zip(self.writes, returned, strict=True))
             predictions.append(made[self.writes[0]])
             following |= {name + branch: made[names.NEXT + name] for name in self.kept if names.NEXT + name in made}

@@ -65,7 +65,8 @@ def after(
     channels = seen.shape[1]
     first, *others = (p.float()[:, :channels] if p.shape[1] != channels else p.float() for p in predictions)
     if plan.doubled and not others:
-        with_condition, without = first.chunk(2)
+        # not `chunk`, which asks how many parts a dynamic size makes
+        with_condition, without = first.split([seen.shape[0]] * 2)
     elif plan.guided:
         with_condition, without = first, others[0]
     prediction = first

@@ -17,7 +17,9 @@ from torch import Tensor, fx
 
 from hasten.errors import HastenError
 from hasten.passes import ops as _ops  # noqa: F401  (registers torch.ops.hasten)
+from hasten.passes.fx.marked_branches import in_line
 from hasten.passes.onnx.detached import detach
+from hasten.passes.onnx.marked_branches import gather
 
 if TYPE_CHECKING:
     import onnx
@@ -68,8 +70,14 @@ def _einsum(equation: str, operands: Sequence[Tensor], path: Sequence[int] | Non
     return torch.ops.aten.einsum.default(equation, operands, path=path)
 
 
+def _square(x: Tensor) -> Tensor:
+    """A product of whole numbers: as the power that the exporter makes, runtimes may compute it in floating point."""
+    return torch.ops.aten.square.default(x) if x.is_floating_point() else x * x
+
+
 _TABLE: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.einsum.default: _einsum,
+    torch.ops.aten.square.default: _square,
     torch.ops.hasten.attention.default: _attention,
     torch.ops.hasten.group_norm_act.default: _group_norm_act,
     torch.ops.hasten.geglu.default: _geglu,
@@ -90,7 +98,7 @@ def onnx_from_graph(
     file ``weights`` where one is given, and the model says where they are (`passes.onnx.detached`). Raises
     `HastenError` with the exporter's reason where an operator has no ONNX form.
     """
-    symbolic = _symbolic(module)
+    symbolic = _symbolic(in_line(module))
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -100,15 +108,20 @@ def onnx_from_graph(
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,
-                optimize=True,
+                optimize=False,
             )
+            assert program is not None
+            held = list(program.model.graph.initializers.values())
+            program.optimize()
         except (torch.onnx.OnnxExporterError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise HastenError(f"the graph cannot be written as ONNX at opset {opset}: {reason}") from error
-    assert program is not None
     if weights is not None:
         detach(program.model, weights)
-    return program.model_proto
+    model = gather(program.model_proto)
+    for value in held:  # the optimiser's rules keep the node that they looked at last, and with it the whole graph
+        value.const_value = None
+    return model
 
 
 def _symbolic(module: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from hasten.passes.onnx.detached import is_detached
 from hasten.passes.onnx.element import numpy_type
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def held(view: OnnxView, value: str) -> npt.NDArray[Any] | None:
 def _content(tensor: Any, largest: float = LARGEST) -> npt.NDArray[Any] | None:
     if isinstance(tensor._values, gs.ir.tensor.SparseValues) or math.prod(tensor.shape) > largest:
         return None
-    return np.asarray(tensor.values)
+    # What is in a file stays there: `Constant.values` would keep what it reads.
+    return np.asarray(tensor._values.load() if is_detached(tensor._values) else tensor.values)
 
 
 def _constant_node(node: Any, largest: float = LARGEST) -> npt.NDArray[Any] | None:

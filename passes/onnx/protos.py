@@ -67,6 +67,13 @@ def renamed(original: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProt
     return copy
 
 
+def copied(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """A copy of what is known of a value."""
+    made = onnx.ValueInfoProto()
+    made.CopyFrom(value)
+    return made
+
+
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the model with its inputs and functions, and neither nodes, initializers nor outputs."""
     made = onnx.ModelProto()

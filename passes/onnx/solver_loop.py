@@ -3,7 +3,7 @@
 The body is the whole network with guidance, the step cache's decision and the solver's arithmetic around it. Its state,
 the sampler's and the cache's, is an input and an output of the model as well, so that a run may be cut into chunks:
 rows ``first`` to ``stop`` are done by one call. Weights of the network stand in the body, where a runtime that lays
-them out for its kernels looks for them.
+them out for its kernels looks for them. Where every decision is known, the rows can stand one behind another instead.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from hasten.passes.onnx.parts import live
-from hasten.passes.onnx.protos import Known, info, renamed
+from hasten.passes.onnx.protos import Known, copied, info, renamed
 from hasten.passes.onnx.step_cache import COMPUTED, require_opset
 from hasten.passes.onnx.traced import Value, fresh, own_names, rename, trace
+from hasten.passes.onnx.unroll import unrolled
 from hasten.passes.solvers import loop, names
 from hasten.passes.solvers.names import (
     BRANCHES,
@@ -41,13 +42,19 @@ RULE = "solver-loop"
 
 
 def solver_loop(
-    model: onnx.ModelProto, plan: LoopPlan, kept: Sequence[Shaped] = (), controls: Sequence[Shaped] = ()
+    model: onnx.ModelProto,
+    plan: LoopPlan,
+    kept: Sequence[Shaped] = (),
+    controls: Sequence[Shaped] = (),
+    bits: Sequence[bool] | None = None,
 ) -> onnx.ModelProto:
     """Wrap ``model`` in its loop; ``kept`` is the state of the step cache in it, and ``controls`` are its numbers.
 
-    Inputs and outputs are those of `passes.solvers.names`. ``model`` itself is changed.
+    ``bits`` are the decisions of all rows, where they are to be unrolled. Inputs and outputs are those of
+    `passes.solvers.names`, without those that an unrolled loop does not need: the rows to be done, and what the step
+    cache is told and keeps. ``model`` itself is changed.
     """
-    return _Writer(model, plan, kept, controls).write()
+    return _Writer(model, plan, kept, controls).write(bits)
 
 
 class _Writer:
@@ -71,15 +78,18 @@ class _Writer:
         self.main: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.infos: list[onnx.ValueInfoProto] = []
+        self.decided: set[str] = set()
         taken = {t.name: self.fresh(f"loop/{t.name}") for t in model.graph.initializer if t.name in self.reserved}
         for tensor in model.graph.initializer:
             tensor.name = taken.get(tensor.name, tensor.name)
         for node in model.graph.node:
             rename(node, taken)
 
-    def write(self) -> onnx.ModelProto:
+    def write(self, bits: Sequence[bool] | None) -> onnx.ModelProto:
         carried = self.carried
         before_loop = [self._start(value) for value in carried]
+        if bits is not None:
+            return self._unrolled(bits, before_loop)
         count = self.fresh("loop/count")
         self.main.append(self._node("Sub", [STOP, FIRST], count))
         going = self.fresh("loop/going")
@@ -89,6 +99,30 @@ class _Writer:
         node = helper.make_node("Loop", [count, going, *before_loop], ends, name="solver_loop", body=body)
         node.metadata_props.add(key="hasten.rule", value=RULE)
         self.main.append(node)
+        return self._finished(dict(zip(ends, carried, strict=True)))
+
+    def _unrolled(self, bits: Sequence[bool], start: Sequence[str]) -> onnx.ModelProto:
+        body = self._body(self.carried)
+        rows = unrolled(body, bits, start, FIRST, self.decided, self.fresh)
+        self.main += rows.nodes
+        self.constants += rows.constants
+        kept = {PREVIEW if v.name == PREVIEW else NEXT + v.name: v for v in self.carried}
+        caches = {NEXT + s.name for s in names.carried_cache(self.plan, self.kept)}
+        self.main += [
+            self._identity(end, name) for end, name in zip(rows.ends, kept, strict=True) if name not in caches
+        ]
+        model = self._finished({name: value for name, value in kept.items() if name not in caches})
+        _, read = live(model.graph.node, [v.name for v in model.graph.output])
+        for field in ("input", "initializer"):
+            needed = [v for v in getattr(model.graph, field) if v.name in read]
+            model.graph.ClearField(field)
+            getattr(model.graph, field).extend(needed)
+        made = {name for n in model.graph.node for name in n.output}
+        model.graph.value_info.extend(v for v in rows.infos if v.name in made)
+        return model
+
+    def _finished(self, ends: Mapping[str, Value]) -> onnx.ModelProto:
+        """The model that returns ``ends``, what is carried by the names that it has behind the last row."""
         state = self.inputs[STATE]._replace(name=NEXT + STATE)
 
         def finished(output: Any, state: Any, painting: Any) -> Any:
@@ -99,7 +133,7 @@ class _Writer:
         output = self.inputs[loop.PREFIX + "output"]
         (latents,) = self._trace(self.main, "result", finished, output, state, self.painting)
         self.main.append(self._identity(latents.name, RESULT))
-        *held, preview = (v._replace(name=end) for v, end in zip(carried, ends, strict=True))
+        *held, preview = (v._replace(name=end) for end, v in ends.items())
         return self._close([Value(RESULT, "float32", self.plan.latents), preview, *held])
 
     def _carried(self) -> list[Value]:
@@ -145,6 +179,7 @@ class _Writer:
                 fed[CACHE + "force"] = self.fresh("loop/followed")
                 nodes.append(self._node("Cast", [calls[0][COMPUTED].name], fed[CACHE + "force"], to=TensorProto.INT64))
             calls.append(self._call(nodes, number, fed, held))
+        self.decided = {made[COMPUTED].name for made in calls if COMPUTED in made}
         predictions = [p for made in calls for p in self._predicted(nodes, made[self.prediction.name])]
         following = {
             value.name + branch: made[NEXT + value.name]
@@ -290,10 +325,3 @@ class _Writer:
     def fresh(self, base: str) -> str:
         """A name that nothing has."""
         return fresh(base, self.names)
-
-
-def copied(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-    """A copy of what is known of a value."""
-    made = onnx.ValueInfoProto()
-    made.CopyFrom(value)
-    return made

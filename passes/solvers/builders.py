@@ -19,9 +19,11 @@ from hasten.passes.solvers.diffusion_grid import KARRAS as KARRAS_LEVELS
 from hasten.passes.solvers.diffusion_grid import UNIPC as UNIPC_LEVELS
 from hasten.passes.solvers.dpm_singlestep import dpm_singlestep
 from hasten.passes.solvers.dpm_solver import FORMS, SLOPES, dpm_solver
+from hasten.passes.solvers.dynamic_shift import TIME_SHIFTS, moved
 from hasten.passes.solvers.euler import ancestral, euler, lms
-from hasten.passes.solvers.flow_euler import flow_euler
-from hasten.passes.solvers.flow_grid import TIME_SHIFTS, flow_grid
+from hasten.passes.solvers.flow_euler import flow_euler, inverted
+from hasten.passes.solvers.flow_grid import SPACINGS as FLOW_SPACINGS
+from hasten.passes.solvers.flow_grid import flow_grid
 from hasten.passes.solvers.grid import Grid
 from hasten.passes.solvers.heun import heun
 from hasten.passes.solvers.ipndm import ipndm
@@ -50,10 +52,12 @@ FLOW = {
         "number", "how far a flow's levels are moved to the noisy end; the model's own unless given", low=1e-6
     ),
     "mu": Option("number", "a flow's dynamic shift: shift = e^mu"),
-    "time_shift": Option("text", "what mu means", "exponential", choices=TIME_SHIFTS),
+    "tokens": Option("integer", "image tokens, from which a dynamic shift is found: mu is not given then", low=1),
+    "time_shift": Option("text", "what mu means; as the model's own unless given", choices=TIME_SHIFTS),
     "terminal": Option(
         "number", "a flow's last level before the end, to which the others are stretched", low=0, high=1
     ),
+    "invert": Option("flag", "whether a flow's network is told 1 - s and predicts x0 - eps", False),
 }
 GRID = {
     "spacing": Option("text", "how times are spread", "linspace", choices=SPACINGS),
@@ -96,10 +100,14 @@ def _grid(convention: Convention, start: str) -> Callable[..., Grid]:
             return diffusion_grid(
                 steps, process.bars, convention=convention, ratios=options["sigmas"], **shared, **more
             )
-        flow = {key: options[key] for key in FLOW}
-        flow["shift"] = process.shift if flow["shift"] is None else flow["shift"]
         return flow_grid(
-            steps, start=start, sigmas=options["sigmas"], train_steps=process.train_steps, **flow, **shared
+            steps,
+            start=start,
+            sigmas=options["sigmas"],
+            terminal=options["terminal"],
+            train_steps=process.train_steps,
+            **moved(process.dynamic, process.shift, options),
+            **shared,
         )
 
     return make
@@ -131,14 +139,20 @@ def _entry(
         if takes_compat:
             chosen["compat"] = given["compat"]
         made = replace(grid(process, steps, compat=given["compat"], **places), first=first)
-        return solver(made, prediction=process.prediction, **chosen)
+        table = solver(made, prediction=process.prediction, **chosen)
+        return inverted(table, process.train_steps) if process.inverted or places["invert"] else table
 
     kept = {key: option for key, option in GRID.items() if key not in without}
     return Entry(summary, {**options, **kept, **(X0 if hooked else {}), "compat": COMPAT}, build, starts_late)
 
 
 def _of_times(
-    summary: str, solver: Callable[..., SolverTable], options: Mapping[str, Option], end: str, instead: str
+    summary: str,
+    solver: Callable[..., SolverTable],
+    options: Mapping[str, Option],
+    end: str,
+    instead: str,
+    starts_late: bool = False,
 ) -> Entry:
     """An entry for a solver on the training's own times, which has no meaning for a flow."""
 
@@ -154,7 +168,7 @@ def _of_times(
         "end": Option("text", "where the last step goes: no noise, or the training's least", end, choices=ENDS),
         **TIMES,
     }
-    return Entry(summary, {**options, **places, **X0, "compat": COMPAT}, build)
+    return Entry(summary, {**options, **places, **X0, "compat": COMPAT}, build, starts_late)
 
 
 def _ddim(steps: int, bars: Any, **options: Any) -> SolverTable:
@@ -174,7 +188,9 @@ def _flow_euler(process: Process, steps: int, **given: Any) -> SolverTable:
     if not process.is_flow:
         raise UsageError("flow-euler is for flows, and this model is a diffusion process; take euler or ddim")
     given["compat"] = None if given["compat"] == "none" else given["compat"]
-    given["shift"] = process.shift if given["shift"] is None else given["shift"]
+    given |= moved(process.dynamic, process.shift, given)
+    given["invert"] = given["invert"] or process.inverted
+    del given["tokens"]
     return flow_euler(steps, prediction=process.prediction, train_steps=process.train_steps, **given)
 
 
@@ -199,7 +215,9 @@ DDIM = _of_times(
     "zero",
     "flow-euler, which is the same method",
 )
-PLMS = _of_times("Liu et al.: Adams-Bashforth after one step of improved Euler", plms, {}, "sigma_min", "lms")
+PLMS = _of_times(
+    "Liu et al.: Adams-Bashforth after one step of improved Euler", plms, {}, "sigma_min", "lms", starts_late=True
+)
 PNDM = _of_times("Liu et al.: Adams-Bashforth after three steps of Runge-Kutta", pndm, {}, "sigma_min", "lms")
 IPNDM = Entry("Zhang & Chen: Adams-Bashforth on a sine schedule", {"compat": COMPAT}, _ipndm)
 DPM_SOLVER = _entry(
@@ -218,7 +236,6 @@ DPM_SINGLESTEP = _entry(
     dpm_singlestep,
     DPM_GRID,
     {**DPM_OPTIONS, "lower_order_final": Option("flag", "whether the last step is of order 1", False), **RARE},
-    starts_late=False,
 )
 UNIPC = _entry(
     "Zhao et al.: predictor and corrector",
@@ -240,7 +257,7 @@ DEIS = _entry(
     without=("end",),
     end="sigma_min",
 )
-LMS = _entry("Adams-Bashforth on uneven noise levels", lms, KARRAS_GRID, {"order": order(6, 4)}, takes_compat=False)
+LMS = _entry("Adams-Bashforth on uneven noise levels", lms, KARRAS_GRID, {"order": order(6, 4)})
 EULER = _entry("Karras et al.: Euler's method", euler, KARRAS_GRID, {}, takes_compat=False)
 ANCESTRAL = _entry("Euler's method with fresh noise", ancestral, KARRAS_GRID, {}, takes_compat=False)
 HEUN = _entry("Karras et al.: Heun's method", heun, KARRAS_GRID, {}, takes_compat=False, starts_late=False)
@@ -271,7 +288,12 @@ FLOW_EULER = Entry(
     "Euler's method for rectified flow",
     {
         "stochastic": Option("flag", "whether steps draw fresh noise", False),
-        "invert": Option("flag", "whether the network is told 1 - s and predicts x0 - eps", False),
+        "spacing": Option(
+            "text",
+            "how levels are spread: to the last training time, or in equal steps to the end",
+            "linspace",
+            choices=FLOW_SPACINGS,
+        ),
         "levels": GRID["levels"],
         "sigmas": GRID["sigmas"],
         "times": GRID["times"],

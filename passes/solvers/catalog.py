@@ -67,7 +67,7 @@ X0: Mapping[str, Option] = {
 class Entry:
     """One solver: a line about it, its options, and ``build(process, steps, **options)``.
 
-    ``starts_late``: ``build`` takes ``first``, the step to start at.
+    ``starts_late``: ``build`` takes ``first``, the row to start at.
     """
 
     summary: str
@@ -91,9 +91,9 @@ class Request(options.Request):
         return asked(*(self.options.get(key) for key in X0))
 
     def build(self, process: Process, steps: int, *, first: int = 0) -> SolverTable:
-        """Build the table of ``steps`` steps on ``process``, or what is left of them from step ``first`` on.
+        """Build the table of ``steps`` steps on ``process``, or what is left of it from row ``first`` on.
 
-        The sample at ``first`` is then a picture with the noise of that step's level, and a method that remembers
+        The sample at ``first`` is then a picture with the noise of that row's level, and a method that remembers
         earlier values starts anew; `UsageError` for solvers that cannot start late (`Entry.starts_late`).
         """
         made = entry(self.name)
@@ -103,8 +103,8 @@ class Request(options.Request):
         if not made.starts_late:
             late = ", ".join(name for name in _SOLVERS if entry(name).starts_late)
             raise UsageError(f"{self.name} cannot start at step {first}: its start is fixed; those that can: {late}")
-        if not 0 < first < steps:
-            raise UsageError(f"{self.name}: step {first} is no step to start at; they go from 0 to {steps - 1}")
+        if not 0 < first < (rows := len(made.build(process, steps, **given))):
+            raise UsageError(f"{self.name}: step {first} is no step to start at; they go from 0 to {rows - 1}")
         return replace(made.build(process, steps, first=first, **given), hook=self.hook)
 
 

@@ -15,7 +15,7 @@ from hasten.errors import UsageError
 from hasten.passes.solvers.prediction import convert
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.splitting import DENOISER, GUIDE
-from hasten.passes.solvers.start import levels
+from hasten.passes.solvers.start import seen
 from hasten.passes.solvers.table import SolverTable
 
 
@@ -34,9 +34,7 @@ def classifier_guided(table: SolverTable, process: Process, weight: float) -> So
             f"guided: {table.hook.kind} keeps x0 in its range, and the guide moves it behind the network; leave one out"
         )
     m, k = len(table), table.width
-    own = table.level[:-1]
-    level = own if own.any(axis=1).all() else levels(process, table.time)
-    signal, noise = level.T
+    signal, noise = seen(table, process).T
     # f = cf^-1 (eps - cy y), and y stays: eps shifted by -w b g shifts f by this times g
     _, of_output = convert(process.prediction, "eps", signal, noise)
     shift = -weight * noise / of_output

@@ -1,7 +1,8 @@
 """What the reference implementations do differently from the methods that they are named after.
 
 ``compat="diffusers"``, the default of every builder, follows diffusers so that pictures stay the same; ``compat=None``
-is the method as published. Each difference has its name here, and a test that shows it. Found in diffusers 0.42.
+is the method as published. Each difference has its name here, and a test that shows it. Found in diffusers 0.42, but
+for the last, which is of the implementation that its paper names.
 """
 
 from __future__ import annotations
@@ -71,6 +72,24 @@ IGNORED_FIRST_PREDICTION = Defect(
     "iPNDM",
     "the first step starts where the signal level is zero and drops the predicted x0",
 )
+MISSING_HISTORY = Defect(
+    "missing-history",
+    "LMS, a run that starts late",
+    "weights are those of order min(row + 1, order), counted from the grid's first row, and apply to the values there "
+    "are: the first step of an image-to-image run takes one of four weights, which do not add up to the step",
+)
+LATE_CORRECTION = Defect(
+    "late-correction",
+    "PNDM with skip_prk_steps (PLMS), a run that starts late",
+    "the second call corrects the first, but the grid repeats no time there: from then on the network is told, and the "
+    "step is taken from, the time after that of the sample",
+)
+WINDOW_OF_ORDER_1 = Defect(
+    "window-of-order-1",
+    "ParaDPMSolverMultistepScheduler (ParaDiGMS), Picard sampling",
+    "the first row of a window has no earlier value, falls back to order 1 and clips x0 to -1 .. 1. No scheduler of "
+    "diffusers does, so that nothing here follows it under any compat: a window's states hold what their rows remember",
+)
 
 DEFECTS = (
     FIXED_STRIDE,
@@ -83,6 +102,9 @@ DEFECTS = (
     REPEATED_END,
     WHOLE_TIMES,
     IGNORED_FIRST_PREDICTION,
+    MISSING_HISTORY,
+    LATE_CORRECTION,
+    WINDOW_OF_ORDER_1,
 )
 
 

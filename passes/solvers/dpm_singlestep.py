@@ -30,6 +30,7 @@ def dpm_singlestep(
     """Build the singlestep solver of ``order`` 1 to 3: one evaluation a level.
 
     Levels that are left over, and the end where it has no noise, take lower orders, as with ``lower_order_final``.
+    A run that starts late, within a step, takes what is left of it for one of lower order.
     Order 3 with ``slope="midpoint"`` uses the last stage alone. `defects.SDE_SECOND_DIFFERENCE_SIGN` applies to order 3
     in the sde-data form with heun. Latents: x, the step's first x, and the values there and at its stages.
     """
@@ -37,11 +38,12 @@ def dpm_singlestep(
     if form == "sde-noise":
         raise UsageError("dpm-singlestep: there is no singlestep solver in the sde-noise form; take dpm-solver")
     sign = defects.follows(compat, defects.SDE_SECOND_DIFFERENCE_SIGN, solver="dpm-singlestep")
-    n, k = len(grid), order + 1 if order > 1 else 1
+    counted = orders(len(grid), order, lower_order_final, grid.ends_at_zero)[grid.first :]
+    n, k = len(counted), order + 1 if order > 1 else 1
     a, b, c = np.zeros((n, k, k)), np.zeros((n, k)), np.zeros((n, k))
-    for i, p in enumerate(orders(n, order, lower_order_final, grid.ends_at_zero)):
-        base = i - p + 1
-        interval = Interval(grid, base, i + 1, form)
+    for i, p in enumerate(min(p, i + 1) for i, p in enumerate(counted)):
+        level = grid.first + i
+        interval = Interval(grid, level - p + 1, level + 1, form)
         gains = stage_gains(interval, p, slope, sign and form == "sde-data")
         c[i, 0] = interval.kick
         a[i, 0, 0 if p == 1 else 1] = interval.carry

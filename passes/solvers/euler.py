@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from hasten.errors import UsageError
+from hasten.passes.solvers import defects
 from hasten.passes.solvers.grid import Grid
 from hasten.passes.solvers.lagrange import integrals
 from hasten.passes.solvers.multistep import Update, multistep
@@ -20,21 +21,22 @@ def euler(grid: Grid, *, prediction: str = "epsilon") -> SolverTable:
     return lms(grid, prediction=prediction, order=1)
 
 
-def lms(grid: Grid, *, prediction: str = "epsilon", order: int = 4) -> SolverTable:
+def lms(grid: Grid, *, prediction: str = "epsilon", order: int = 4, compat: str | None = "diffusers") -> SolverTable:
     """Build Adams-Bashforth of ``order`` on the levels as they are: one evaluation a level, ``order`` latents.
 
     It starts with order 1 and grows. diffusers integrates the polynomials numerically, to 1e-4 of themselves or
-    better; here they are integrated exactly.
+    better; here they are integrated exactly. `defects.MISSING_HISTORY`, of a grid that starts late.
     """
     if order < 1:
         raise UsageError(f"lms: order is {order}; it starts at 1")
     grid = grid.with_unscaled_end()
     scale, coordinate, slope = grid.line
+    oldest = 0 if defects.follows(compat, defects.MISSING_HISTORY, solver="lms") else grid.first
     updates = []
     for i in range(grid.first, len(grid)):
-        nodes = coordinate[max(grid.first, i - order + 1) : i + 1][::-1]
+        nodes = coordinate[max(oldest, i - order + 1) : i + 1][::-1]
         gains = integrals(nodes, float(coordinate[i + 1])) * scale[i + 1]
-        updates.append(Update(float(scale[i + 1] / scale[i]), gains))
+        updates.append(Update(float(scale[i + 1] / scale[i]), gains[: i + 1 - grid.first]))
     return multistep(grid, updates, prediction=prediction, quantity=slope)
 
 

@@ -23,6 +23,7 @@ def flow_euler(
     time_shift: str = "exponential",
     terminal: float | None = None,
     levels: str = "model",
+    spacing: str = "linspace",
     sigmas: Sequence[float] | None = None,
     times: Sequence[float] | None = None,
     stochastic: bool = False,
@@ -37,7 +38,7 @@ def flow_euler(
     grid is even between 1 and 1 / train_steps; FlowMatchEulerDiscreteScheduler takes its ends from levels that are
     shifted already and then shifts again, which ``compat="diffusers"`` follows and ``compat=None`` does not. The other
     options of the grid: see `flow_grid`. With ``stochastic`` every step but the last draws new noise:
-    ``x' = (1 - s') x0 + s' z``. ``invert`` is for networks that are told 1 - s and predict x0 - eps (Mochi).
+    ``x' = (1 - s') x0 + s' z``. ``invert``: see `inverted`.
     """
     grid = flow_grid(
         steps,
@@ -46,6 +47,7 @@ def flow_euler(
         time_shift=time_shift,
         terminal=terminal,
         levels=levels,
+        spacing=spacing,
         sigmas=sigmas,
         times=times,
         train_steps=train_steps,
@@ -57,6 +59,9 @@ def flow_euler(
         table = multistep(grid, updates, prediction=prediction, quantity="x0")
     else:
         table = euler(grid, prediction=prediction)
-    if invert:
-        table = replace(table, time=train_steps - table.time, cf=-table.cf)
-    return table
+    return inverted(table, train_steps) if invert else table
+
+
+def inverted(table: SolverTable, train_steps: int) -> SolverTable:
+    """The same sampler for a network that is told 1 - s and predicts x0 - eps; of Mochi and Z-Image."""
+    return replace(table, time=train_steps - table.time, cf=-table.cf, direct=-table.direct)

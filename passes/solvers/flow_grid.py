@@ -9,6 +9,7 @@ import numpy as np
 
 from hasten.errors import UsageError, nearest
 from hasten.passes.solvers import defects
+from hasten.passes.solvers.dynamic_shift import EXPONENTIAL, TIME_SHIFTS
 from hasten.passes.solvers.grid import Grid
 from hasten.passes.solvers.levels import LEVELS, chosen, shifted, stretched
 from hasten.passes.solvers.prediction import Array
@@ -16,16 +17,19 @@ from hasten.passes.solvers.prediction import Array
 STARTS = ("one", "below", "almost")
 """The highest level of the default grid: 1; one training step below it; or 1, kept off it by 1e-6 so that its log-SNR
 is finite. FlowMatchEuler, DPM-Solver and UniPC, in this order."""
-TIME_SHIFTS = ("exponential", "linear")
+SPACINGS = ("linspace", "trailing")
+"""The default grid that starts at 1: to the last training time; or in equal steps to the end, so that the last of n
+levels is 1 / n, as diffusers' pipelines of FLUX and others ask for."""
 
 
 def flow_grid(
     steps: int,
     *,
     start: str = "one",
+    spacing: str = "linspace",
     shift: float = 1.0,
     mu: float | None = None,
-    time_shift: str = "exponential",
+    time_shift: str = EXPONENTIAL,
     terminal: float | None = None,
     levels: str = "model",
     end: str = "zero",
@@ -35,7 +39,7 @@ def flow_grid(
     compat: str | None = "diffusers",
     solver: str = "flow",
 ) -> Grid:
-    """Build the grid of ``steps`` levels; the network is told ``s * train_steps``.
+    """Build the grid of ``steps`` levels; the network is told ``s * train_steps``. ``spacing``: see `SPACINGS`.
 
     Levels are moved by ``shift``, or by ``mu`` (``shift = e^mu``; with ``time_shift="linear"``, mu itself), then
     stretched so that the last is ``terminal``. ``sigmas``, or ``times`` to be told, are the caller's own: descending,
@@ -44,6 +48,7 @@ def flow_grid(
     """
     for name, value, choices in (
         ("start", start, STARTS),
+        ("spacing", spacing, SPACINGS),
         ("levels", levels, LEVELS),
         ("time_shift", time_shift, TIME_SHIFTS),
         ("end", end, ("zero", "sigma_min")),
@@ -57,6 +62,8 @@ def flow_grid(
     if sigmas is not None or times is not None:
         given = np.asarray(sigmas if sigmas is not None else times, np.float64)
         here = _descending(solver, given if sigmas is not None else given / train_steps, steps)
+    elif spacing == "trailing":
+        here = np.arange(steps, 0, -1) / steps
     else:
         here = _even(steps, start, train_steps, factor if twice else 1.0)
     here = shifted(here, factor)
@@ -92,7 +99,7 @@ def _even(steps: int, start: str, train_steps: int, factor: float) -> Array:
 def _factor(solver: str, shift: float, mu: float | None, time_shift: str) -> float:
     """What the levels are shifted by."""
     given, name = (shift, "shift") if mu is None else (mu, "mu")
-    if mu is not None and time_shift == "exponential":
+    if mu is not None and time_shift == EXPONENTIAL:
         if not abs(mu) < 700:
             raise UsageError(f"{solver}: mu is {mu:g}; the shift it stands for is not finite")
         return math.exp(mu)

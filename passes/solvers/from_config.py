@@ -8,11 +8,14 @@ from typing import Any
 
 from hasten.errors import UsageError, nearest
 from hasten.passes.solvers.catalog import Request, default, parse
+from hasten.passes.solvers.config_keys import choice
+from hasten.passes.solvers.configuration import SOLVER, Config, completed, configuration, says_how_to_sample
 from hasten.passes.solvers.hooks import Hook
 from hasten.passes.solvers.process import Process
 
-Config = Mapping[str, Any]
 FORMS = {"dpmsolver++": "data", "dpmsolver": "noise", "sde-dpmsolver++": "sde-data", "sde-dpmsolver": "sde-noise"}
+SLOPES, VARIANTS, LOGRHO = ("midpoint", "heun"), ("bh1", "bh2"), ("logrho",)
+"""What ``solver_type`` may be: of DPM-Solver, of UniPC, of DEIS."""
 
 
 @dataclass(frozen=True)
@@ -28,42 +31,56 @@ class Read:
         return self.request.hook
 
 
-def read_config(config: Config, solver: str | None = None) -> Read:
-    """Read a configuration: ``_class_name`` and the options of that class, with its defaults where they are missing.
+def read_config(config: Any, solver: str | None = None) -> Read:
+    """Read a scheduler or its configuration: ``_class_name`` and the options of that class, or its defaults.
 
     ``solver`` is a request for the catalog to take instead of the class's own; the process remains that of the
     configuration, whose class need not be one that there is a solver for, and so does the hook unless the request has
     one. `UsageError` otherwise.
     """
+    config = configuration(config, "scheduler")
+    if solver is None:
+        _check_class(config)
     name = str(config.get("_class_name", "configuration"))
-    if name not in _CLASSES and solver is None:
-        if "_class_name" not in config:
-            raise UsageError(
-                "the configuration does not say whose it is (_class_name); give the scheduler itself, or name a solver"
-            )
-        known = ", ".join(_CLASSES)
-        raise UsageError(f"no solver for diffusers' {name}; there are {known}.{nearest(name, _CLASSES)}")
     if config.get("variance_type") in ("learned", "learned_range"):
         raise UsageError(
             f"{name}: the network predicts a variance too (variance_type={config['variance_type']!r}), which the loop "
             "does not split off; give a network whose output is the prediction alone"
         )
-    full = _full(config)
-    return Read(own(config) if solver is None else hooked(parse(solver), config), Process.of(full))
+    return Read(own(config) if solver is None else hooked(parse(solver), config), Process.of(config))
+
+
+def _check_class(config: Config) -> None:
+    """Refuse a configuration that does not say which solver is meant."""
+    if "_class_name" not in config:
+        raise UsageError(
+            "the configuration does not say whose it is (_class_name); give the scheduler itself, or name a solver"
+        )
+    if (name := str(config["_class_name"])) not in _CLASSES:
+        known = ", ".join(_CLASSES)
+        raise UsageError(
+            f"no solver for diffusers' {name}; there are {known}.{nearest(name, _CLASSES)} Or name a solver to take "
+            "instead"
+        )
 
 
 def own(config: Config) -> Request:
     """The solver and the hook of a configuration, whose class must be one of `CLASSES`."""
-    full = _full(config)
-    return hooked(parse(_CLASSES[full["_class_name"]][1](full)), config)
+    full = completed(config)
+    return hooked(parse(_CLASSES[full["_class_name"]](full)), config)
 
 
 def hooked(request: Request, config: Config) -> Request:
     """``request`` with the hook of a configuration, unless it says what happens to x0 itself (``clip=inf``: nothing).
 
-    `UsageError` for a solver that cannot have the hook.
+    `UsageError` for a solver that cannot have the hook, or does not know the configuration's schedule.
     """
-    full = _full(config)
+    full = completed(config)
+    if full.get("_class_name") == "IPNDMScheduler" and request.name != "ipndm":
+        raise UsageError(
+            f"an IPNDMScheduler's network is told the angles of a schedule of its own, and {request.name} does not "
+            "know it; take ipndm"
+        )
     if full.get("thresholding"):
         ratio, largest = full.get("dynamic_thresholding_ratio", 0.995), full.get("sample_max_value", 1.0)
         what, given = "thresholds", {"threshold": ratio, "largest": largest}
@@ -84,16 +101,17 @@ def hooked(request: Request, config: Config) -> Request:
 def requested(text: str | None, config: Config, process: Process) -> Request:
     """The solver that ``text`` asks for, with the hook that ``config`` adds.
 
-    Where it is None, that of ``config`` if it is a configuration of `CLASSES`, else the plain one of ``process``.
+    Where it is None, what a `hasten.Scheduler` was made with, or that of ``config`` if it is a scheduler's, whose class
+    must then be one of `CLASSES`; else, where it says what the network was trained on and no more, the plain one of
+    ``process``.
     """
-    if text is None and config.get("_class_name") in _CLASSES:
-        return own(config)
-    return hooked(parse(text or default(process)), config)
-
-
-def _full(config: Config) -> Config:
-    defaults, _ = _CLASSES.get(str(config.get("_class_name")), ({}, None))
-    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    text = config.get(SOLVER) if text is None else text
+    if text is not None:
+        return hooked(parse(text), config)
+    if "_class_name" not in config and not says_how_to_sample(config):
+        return hooked(parse(default(process)), config)
+    _check_class(config)
+    return own(config)
 
 
 def _text(name: str, **options: Any) -> str:
@@ -114,8 +132,20 @@ def _spacing(config: Config) -> dict[str, Any]:
 def _levels(config: Config) -> dict[str, Any]:
     for name in ("karras", "exponential", "beta"):
         if config.get(f"use_{name}_sigmas"):
+            _check_ends(config, name)
             return {"levels": name}
     return {"levels": "lu"} if config.get("use_lu_lambdas") else {}
+
+
+def _check_ends(config: Config, levels: str) -> None:
+    """Refuse levels between ends of their own: those here lie between the ends of the training's."""
+    for key in ("sigma_min", "sigma_max"):
+        if config.get(key) is not None:
+            raise UsageError(
+                f"{config['_class_name']}: {key}={config[key]:g} moves the ends of {levels} levels, which has no "
+                "option here; name a solver with the levels themselves (sigmas=…), or take SolverTable.from_scheduler, "
+                "which takes the scheduler itself"
+            )
 
 
 def _ddim(config: Config) -> str:
@@ -148,11 +178,11 @@ def _singlestep(config: Config) -> str:
 
 def _dpm_options(config: Config) -> dict[str, Any]:
     clipped = config.get("lambda_min_clipped", "-inf")
-    slope = config["solver_type"]
+    form = choice(config, "algorithm_type", tuple(FORMS), ("deis",), otherwise="dpmsolver++")
     return {
         "order": config["solver_order"],
-        "form": FORMS.get(config["algorithm_type"], "data"),
-        "slope": slope if slope in ("midpoint", "heun") else "midpoint",
+        "form": FORMS[form],
+        "slope": choice(config, "solver_type", SLOPES, VARIANTS + LOGRHO, otherwise="midpoint"),
         "lower_order_final": config["lower_order_final"],
         "end": config["final_sigmas_type"],
         "least_log_snr": None if str(clipped) == "-inf" else clipped,
@@ -160,11 +190,10 @@ def _dpm_options(config: Config) -> dict[str, Any]:
 
 
 def _unipc(config: Config) -> str:
-    variant = config["solver_type"]
     return _text(
         "unipc",
         order=config["solver_order"],
-        variant=variant if variant in ("bh1", "bh2") else "bh2",
+        variant=choice(config, "solver_type", VARIANTS, SLOPES + LOGRHO, otherwise="bh2"),
         form="data" if config["predict_x0"] else "noise",
         lower_order_final=config["lower_order_final"],
         disable_corrector=config["disable_corrector"] or None,
@@ -176,6 +205,8 @@ def _unipc(config: Config) -> str:
 
 
 def _deis(config: Config) -> str:
+    choice(config, "algorithm_type", ("deis",), ("dpmsolver", "dpmsolver++"), otherwise="deis")
+    choice(config, "solver_type", LOGRHO, SLOPES + VARIANTS, otherwise="logrho")
     return _text(
         "deis",
         order=config["solver_order"],
@@ -206,44 +237,27 @@ def _flow_euler(config: Config) -> str:
     return _text(
         "flow-euler",
         stochastic=config.get("stochastic_sampling", False),
-        invert=config.get("invert_sigmas", False),
         terminal=config.get("shift_terminal"),
-        time_shift=config.get("time_shift_type", "exponential"),
         **_levels(config),
     )
 
 
-_TIMES = {"num_train_timesteps": 1000, "beta_schedule": "linear", "prediction_type": "epsilon", "steps_offset": 0}
-_LEADING, _LINSPACE = {**_TIMES, "timestep_spacing": "leading"}, {**_TIMES, "timestep_spacing": "linspace"}
-_ORDERS = {**_LINSPACE, "solver_order": 2, "lower_order_final": True}
-_DPM = {
-    **_ORDERS,
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "euler_at_final": False,
-    "final_sigmas_type": "zero",
+_CLASSES: Mapping[str, Callable[[Config], str]] = {
+    "DDIMScheduler": _ddim,
+    "PNDMScheduler": _pndm,
+    "IPNDMScheduler": lambda config: "ipndm",
+    "DPMSolverMultistepScheduler": _dpm,
+    "DPMSolverSinglestepScheduler": _singlestep,
+    "UniPCMultistepScheduler": _unipc,
+    "DEISMultistepScheduler": _deis,
+    "LMSDiscreteScheduler": _karras("lms"),
+    "EulerDiscreteScheduler": _karras("euler"),
+    "EulerAncestralDiscreteScheduler": _karras("euler-ancestral"),
+    "HeunDiscreteScheduler": _karras("heun"),
+    "FlowMatchEulerDiscreteScheduler": _flow_euler,
+    "FlowMatchHeunDiscreteScheduler": lambda config: "heun",
 }
-_FLOW = {"num_train_timesteps": 1000, "shift": 1.0}
-
-_CLASSES: Mapping[str, tuple[Config, Callable[[Config], str]]] = {
-    "DDIMScheduler": ({**_LEADING, "set_alpha_to_one": True, "clip_sample": True}, _ddim),
-    "PNDMScheduler": ({**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": False}, _pndm),
-    "IPNDMScheduler": ({**_LINSPACE, "prediction_type": "v_prediction"}, lambda config: "ipndm"),
-    "DPMSolverMultistepScheduler": (_DPM, _dpm),
-    "DPMSolverSinglestepScheduler": ({**_DPM, "lower_order_final": False}, _singlestep),
-    "UniPCMultistepScheduler": (
-        {**_ORDERS, "solver_type": "bh2", "predict_x0": True, "disable_corrector": (), "final_sigmas_type": "zero"},
-        _unipc,
-    ),
-    "DEISMultistepScheduler": (_ORDERS, _deis),
-    "LMSDiscreteScheduler": (_LINSPACE, _karras("lms")),
-    "EulerDiscreteScheduler": ({**_LINSPACE, "final_sigmas_type": "zero"}, _karras("euler")),
-    "EulerAncestralDiscreteScheduler": (_LINSPACE, _karras("euler-ancestral")),
-    "HeunDiscreteScheduler": ({**_LINSPACE, "beta_start": 0.00085, "beta_end": 0.012}, _karras("heun")),
-    "FlowMatchEulerDiscreteScheduler": (_FLOW, _flow_euler),
-    "FlowMatchHeunDiscreteScheduler": (_FLOW, lambda config: "heun"),
-}
-"""Every class that is read: its defaults, where they matter here, and how its options are said in the catalog."""
+"""Every class that is read, and how its options are said in the catalog."""
 
 CLASSES = tuple(_CLASSES)
 """The diffusers classes that are read."""

@@ -37,20 +37,30 @@ def plms(
     times: Sequence[int] | None = None,
     set_alpha_to_one: bool = False,
     compat: str | None = "diffusers",
+    first: int = 0,
 ) -> SolverTable:
     """Build PLMS: ``steps`` + 1 evaluations, since the first step is corrected once; 4 latents.
 
     ``bars`` (T,) is alpha_bar at the training times; ``times`` are the caller's own, descending. Past the end alpha_bar
     is bars[0], or 1 with ``set_alpha_to_one``. `defects.FIXED_STRIDE`, `defects.MIXED_VELOCITIES`.
+
+    The rows from ``first`` on, at the times that they have anyway, are a run from a picture. There is then no time to
+    spare for the correction, so that the order grows from 1; a second row at the same time, where ``first`` is 1,
+    starts over. `defects.LATE_CORRECTION`.
     """
     grid = _times("plms", steps, bars, spacing, offset, times)
     walk = _Walk(
         "plms", grid, bars, prediction, set_alpha_to_one, compat, width=min(4, steps), fixed_stride=times is None
     )
-    for i in range(steps):
-        walk.adams_bashforth(grid[i], walk.target(i), min(i + 1, 4))
-        if i == 0 and steps > 1:
-            walk.correct(grid[0], walk.target(0), grid[1])
+    visited = [0, 1, *range(1, steps)][first:] if steps > 1 else [0]
+    corrects = not first or (walk.fixed_stride and defects.follows(compat, defects.LATE_CORRECTION, solver="plms"))
+    for row, i in enumerate(visited):
+        if corrects and row == 1:
+            walk.correct(grid[visited[0]], walk.target(visited[0]), grid[i])
+        elif not corrects and i in visited[row + 1 :]:
+            walk.stay(grid[i])
+        else:
+            walk.adams_bashforth(grid[i], walk.target(i), min(walk.known + 1, 4))
     return walk.table()
 
 
@@ -115,6 +125,7 @@ class _Walk:
         self.mixes_velocities = mixes and prediction == "v_prediction"
         self.stride = len(bars) // len(grid)
         self.memory = min(3, width - 1)
+        self.known = 0
         self.time: list[int] = []
         self.a: list[Array] = []
         self.b: list[Array] = []
@@ -138,6 +149,7 @@ class _Walk:
         """Add a row; ``push`` makes its value the newest of the earlier ones."""
         if push and self.memory:
             b[1] = 1
+        self.known += push
         for j in range(1, 1 + self.memory):
             if not push:
                 a[j, j] = 1
@@ -158,6 +170,12 @@ class _Walk:
         a[0, 0], b[0] = carry, gain * newest
         a[0, 1:count] = gain * np.array(earlier)
         self.row(source, a, b, push=True)
+
+    def stay(self, time: int) -> None:
+        """Evaluate, and leave everything as it is."""
+        a, b = self.blank()
+        a[0, 0] = 1
+        self.row(time, a, b, push=False)
 
     def correct(self, source: int, predicted: int, time: int) -> None:
         """Repeat the first step with the mean of its value and the one at ``time``, from the sample it started from."""

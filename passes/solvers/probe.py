@@ -40,6 +40,11 @@ def from_scheduler(
     linear, and why.
     """
     name = type(scheduler).__name__
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise UsageError(f"from_scheduler: expected a diffusers scheduler, found {name}, which has no {method}")
+    if steps < 1:
+        raise UsageError(f"{name}: {steps} sampling steps were asked for; at least 1 is needed")
     config = getattr(scheduler, "config", {})
     for option, why in NOT_LINEAR.items():
         if config.get(option):

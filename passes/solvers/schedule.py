@@ -43,6 +43,11 @@ def alpha_bar(schedule: str, count: int = 1000, **ends: float) -> Array:
     return np.cumprod(1 - betas(schedule, count, **ends), dtype=np.float64)
 
 
+def snr_shifted(bars: Array, scale: float) -> Array:
+    """Divide the signal-to-noise ratio by ``scale`` at every training time (CogVideoX: Yang et al., 2408.06072)."""
+    return np.asarray(bars / (scale + (1 - scale) * bars))
+
+
 def zero_terminal_snr(bars: Array) -> Array:
     """Rescale alpha_bar so that the last time has no signal at all and the first keeps its own (2305.08891)."""
     root = np.sqrt(bars)

@@ -38,3 +38,13 @@ def planned(decision: Decision, steps: int | None, mask: Mask | None = None) -> 
         return []
     schedule = decision.mask(steps)
     return [int(v) for v in (decision.forced(steps) if schedule is None else schedule)]
+
+
+def planned_behind(decision: Decision, steps: int, first: int, mask: Mask | None = None) -> list[int]:
+    """`planned` for a run of ``steps`` calls without its ``first``, whose first call computes whatever is said of it.
+
+    A schedule, or the caller's mask, says of each call what it says of it in the whole run.
+    """
+    if first and mask is None and decision.mask(steps) is None:
+        return planned(decision, steps - first)
+    return planned(decision, steps, mask)[first:]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hasten.backends.build import build as build
+    from hasten.backends.cached_callable import reset as reset
     from hasten.backends.cached_callable import step_cache as step_cache
     from hasten.backends.cached_run import CachedRun as CachedRun
     from hasten.backends.engine import Engine as Engine
@@ -39,6 +40,7 @@ _HOMES = {
     "load": "hasten.backends.engine",
     "optimize": "hasten.backends.optimize",
     "optimize_onnx": "hasten.backends.optimize",
+    "reset": "hasten.backends.cached_callable",
     "sampler": "hasten.backends.sampler",
     "step_cache": "hasten.backends.cached_callable",
 }

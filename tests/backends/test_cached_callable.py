@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import hasten
 from hasten import step_cache
 from hasten.backends.cached_callable import CachedCallable, Kind, Run
 from hasten.errors import UsageError
@@ -123,12 +125,46 @@ def test_reset_begins_a_run() -> None:
     assert program.residuals == [0, 0]
 
 
-def test_a_mask_of_something_else() -> None:
+def test_reset_by_the_model() -> None:
     program, model = Recorder(), nn.Linear(2, 2)
     call = callable_of(program)
-    step_cache(model).mask = "10x"
-    with pytest.raises(UsageError, match="mask: '10x' given; give 1"):
-        call(torch.zeros(1), torch.tensor(3.0), model.weight)
+    call(torch.zeros(1), torch.tensor(3.0), model.weight)
+    hasten.reset(model)
+    call(torch.zeros(1), torch.tensor(2.0), model.weight)
+    call(torch.zeros(1), torch.tensor(1.0), model.weight)
+    assert program.residuals == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "stepz",
+            4,
+            "a step cache has no setting 'stepz'; settings: threshold, limit, steps, mask. Did you mean 'steps'",
+        ),
+        ("masks", ["1"], "a step cache has no setting 'masks'"),
+        ("threshold", float("nan"), "threshold: nan is not a number"),
+        ("threshold", float("inf"), "threshold: inf was given; it goes from 0"),
+        ("threshold", -1, "threshold: -1 was given; it goes from 0"),
+        ("threshold", "x", "threshold: 'x' is not a number"),
+        ("limit", -9, "limit: -9 was given; it goes from -1"),
+        ("limit", "a", "limit: 'a' is not a whole number"),
+        ("steps", 0, "steps: 0 was given; it goes from 1"),
+        ("steps", -3, "steps: -3 was given; it goes from 1"),
+        ("steps", 2.5, "steps: 2.5 is not a whole number"),
+        ("mask", "10x", "mask: '10x' given; give 1"),
+        ("mask", [1, 2], r"mask: \[1, 2\] given; give 1"),
+    ],
+)
+def test_a_setting_that_means_nothing(name: str, value: Any, message: str) -> None:
+    settings = step_cache(nn.Linear(2, 2))
+    settings.threshold, settings.limit, settings.steps, settings.mask = 0.1, 2, 3, "101"
+    with pytest.raises(UsageError, match=message):
+        setattr(settings, name, value)
+    assert (settings.threshold, settings.limit, settings.steps, settings.mask) == (0.1, 2, 3, [1, 0, 1])
+    settings.threshold = settings.limit = settings.steps = settings.mask = None
+    assert settings.steps is None
 
 
 def test_a_model_without_parameters() -> None:

@@ -131,6 +131,11 @@ def test_refusals_of_a_run(engine: Engine) -> None:
         engine.start(STEPS, mask="101")
     with pytest.raises(UsageError, match="mask: '12' given; give 1 "):
         engine.start(2, mask="12")
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"threshold: {wrong} (was given; it goes from 0|is not a number)"):
+            engine.start(STEPS, threshold=wrong)
+    with pytest.raises(UsageError, match="limit: -5 was given; it goes from -1"):
+        engine.start(STEPS, limit=-5)
     begun = engine.start(1)
     begun(**calls()[0])
     with pytest.raises(UsageError, match="the run has 1 steps and branch '' had them all; start another run"):

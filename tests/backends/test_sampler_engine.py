@@ -11,7 +11,10 @@ from loop_net import LABELS, NEGATIVE, PROCESS, SHAPE, Net, eager, examples, loo
 import hasten
 from hasten.backends.engine import Engine
 from hasten.backends.sampler import Sampler
+from hasten.errors import UsageError
 from hasten.passes.fx.counter_noise import normal
+from hasten.passes.solvers import catalog
+from hasten.passes.solvers.catalog import parse
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
 from hasten.passes.solvers.start import levels
@@ -158,15 +161,87 @@ def test_a_picture_is_begun_from_another(full: Sampler) -> None:
     bars = Process.of(PROCESS).bars
     assert bars is not None
     start = float(bars[time]) ** 0.5 * image + float(1 - bars[time]) ** 0.5 * noise
-    later = SolverTable(
-        **{
-            name: getattr(found, name)[4:]
-            for name in ("time", "input", "A", "B", "C", "cy", "cf", "clean", "direct", "condition", "network")
-        },
-        output=found.output,
-    )
-    expected = eager(later, scale=3.0, start=start)
+    expected = eager(_behind(found, 4), scale=3.0, start=start)
     torch.testing.assert_close(made.latents, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++2m", "dpm++2m-sde", "deis", "lms"])
+def test_a_solver_with_a_memory_starts_anew_at_a_picture(full: Sampler, solver: str) -> None:
+    image, asked = 0.3 * torch.ones(SHAPE), parse(solver)
+    rest = asked.build(Process.of(PROCESS), 8, first=4)
+    unit, *later = unit_noise(1 + len(rest.noisy))
+    signal, noise = table(solver, 8).level[4]
+    seen: list[Any] = []
+    made = full(
+        solver=solver,
+        num_inference_steps=8,
+        image=image,
+        strength=0.5,
+        latents=unit,
+        noise=later,
+        mask="1" * 8,
+        chunk=3,
+        callback=seen.append,
+        **TOLD,
+    )
+    expected = eager(rest, scale=3.0, start=float(signal) * image + float(noise) * unit, noise=later)
+    torch.testing.assert_close(made.latents, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+    assert [(c.done, c.rows) for c in seen] == [(7, 8), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "process", "strength"),
+    [("euler:sigmas=200/5/1/0.2", None, 1.0), ("flow-euler:invert=true", Process.flow(3.0), 0.5)],
+)
+def test_a_picture_begins_at_the_level_of_the_solvers_own_grid(
+    full: Sampler, solver: str, process: Process | None, strength: float
+) -> None:
+    """Which is not that of the training at the times that the network is told."""
+    found = catalog.build(solver, process or Process.of(PROCESS), 4)
+    image, (unit,), row = 3.0 * torch.ones(SHAPE), unit_noise(1), 4 - int(4 * strength)
+    signal, noise = found.level[row]
+    expected = eager(_behind(found, row), scale=3.0, start=float(signal) * image + float(noise) * unit)
+    made = run(full, found, image=image, strength=strength).latents
+    torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+def _behind(found: SolverTable, row: int) -> SolverTable:
+    """The rows of a solver of one latent from ``row`` on, from a start that is as the network sees it."""
+    columns = ("time", "input", "A", "B", "C", "cy", "cf", "clean", "direct", "condition", "network")
+    return SolverTable(**{name: getattr(found, name)[row:] for name in columns}, output=found.output)
+
+
+def test_a_step_cache_has_nothing_to_reuse_at_a_picture(full: Sampler, one_step: Engine) -> None:
+    """The first row that is done computes, and the others do what the mask says of them in a whole run."""
+    found, image, (unit,) = table("ddim", 8), 0.3 * torch.ones(SHAPE), unit_noise(1)
+    made = run(full, found, image=image, strength=0.5, mask="00000101")
+    assert made.decisions == "1101"
+    cached = one_step.start(4, mask="1101")
+
+    def denoise(x: torch.Tensor, time: float) -> torch.Tensor:
+        given = {"sample": torch.cat([x, x]), "timestep": torch.full((4,), time)}
+        told, untold = next(iter(cached(class_labels=torch.cat([LABELS, NEGATIVE]), **given).values())).chunk(2)
+        return untold + 3.0 * (told - untold)
+
+    signal, noise = found.level[4]
+    expected = sample(denoise, _behind(found, 4), float(signal) * image + float(noise) * unit)
+    torch.testing.assert_close(made.latents, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_a_threshold_that_does_nothing_is_told(full: Sampler, caplog: pytest.LogCaptureFixture) -> None:
+    """As of a run of an engine of one step."""
+    for threshold, message in (
+        (1e9, "is never reached"),
+        (1e-9, "never lets a call reuse"),
+        (0.0, "switches easycache"),
+    ):
+        caplog.clear()
+        run(full, "ddim", 12, mask=None, threshold=threshold)
+        assert [message in r.getMessage() for r in caplog.records] == [True]
+    caplog.clear()
+    run(full, table("ddim", 12), mask=None, threshold=0.3)
+    run(full, "ddim", mask="111111", threshold=1e9)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("solver", ["ddim", "unipc"])
@@ -179,14 +254,23 @@ def test_inpainting_keeps_what_is_known_and_agrees_with_blending_after_every_ste
     free = run(full, solver).latents
     assert not torch.allclose(made[..., 4:], free[..., 4:], atol=1e-3)
     if solver == "ddim":
-        torch.testing.assert_close(made, blended_after_every_step(mask, image), rtol=2e-5, atol=2e-5)
+        level = levels(Process.of(PROCESS), table("ddim", 6).time)
+        expected = blended_after_every_step(mask, image, table("ddim", 6), level)
+        torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5)
 
 
-def blended_after_every_step(mask: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+def test_inpainting_blends_at_the_levels_of_the_solvers_own_grid(full: Sampler) -> None:
+    mask, image = (torch.arange(128) % 3 > 0).float().reshape(2, 1, 8, 8), 3.0 * torch.ones(SHAPE)
+    found = table("euler:sigmas=200/5/1/0.2", 4)
+    expected = blended_after_every_step(mask, image, found, found.level[:-1])
+    made = run(full, found, image=image, mask_image=mask).latents
+    torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+def blended_after_every_step(mask: torch.Tensor, image: torch.Tensor, found: SolverTable, level: Any) -> torch.Tensor:
     """What diffusers' inpainting pipelines do to a one-latent solver."""
-    found, net, (noise,) = table("ddim", 6), Net().eval(), unit_noise(1)
-    level = levels(Process.of(PROCESS), found.time)
-    folded, x = found.fold(), noise
+    net, (noise,) = Net().eval(), unit_noise(1)
+    folded, x = found.fold(), found.init * noise
     with torch.no_grad():
         for i, time in enumerate(found.time.tolist()):
             known = float(level[i, 0]) * image + float(level[i, 1]) * noise
@@ -222,6 +306,56 @@ def test_noise_is_drawn_as_diffusers_draws_it(sequential: Sampler) -> None:
     assert not torch.equal(sequential(generator=apart, **TOLD).latents, expected)
 
 
+def test_a_seed_for_each_picture_is_as_if_it_were_alone(full: Sampler, sequential: Sampler) -> None:
+    several = sequential(seed=[3, 4], **TOLD).latents
+    assert torch.equal(several[:1], sequential(seed=3, **TOLD).latents[:1])
+    assert torch.equal(several[1:], sequential(seed=[9, 4], **TOLD).latents[1:])
+    large = [full(seed=s, solver="euler-ancestral", **TOLD).latents for s in (2**41, 2**64 - 1, [2**41, 5])]
+    assert len({float(z.sum()) for z in large}) == 3
+    assert torch.equal(full(seed=2**41, solver="euler-ancestral", **TOLD).latents, large[0])
+    with pytest.raises(UsageError, match="seed: 2 given, and the loop makes the noise of all pictures from one"):
+        sequential(seed=[3, 4], solver="euler-ancestral", **TOLD)
+
+
+def test_a_large_seed_makes_noise_in_the_engine(sequential: Sampler) -> None:
+    start = unit_noise(1)[0]
+    made = [
+        sequential(solver="euler-ancestral", latents=start, seed=s, **TOLD).latents for s in (2**41, 2**63, 2**64 - 1)
+    ]
+    assert len({float(z.sum()) for z in made}) == 3
+
+
+def test_no_seed_is_any_seed_as_in_diffusers(sequential: Sampler) -> None:
+    torch.manual_seed(0)
+    first, second = (sequential(seed=None, **TOLD).latents for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(sequential(seed=None, **TOLD).latents, first)
+
+
+def test_arrays_and_lists_are_taken_as_tensors(full: Sampler) -> None:
+    unit, mask, image = unit_noise(1)[0], torch.linspace(0, 1, 128).reshape(2, 1, 8, 8), 0.5 * torch.ones(SHAPE)
+    given = {"latents": unit, "image": image, "mask_image": mask, **TOLD}
+    expected = full(**given).latents
+    assert torch.equal(full(**{name: value.numpy() for name, value in given.items()}).latents, expected)
+    assert torch.equal(full(**{name: value.tolist() for name, value in given.items()}).latents, expected)
+
+
+def test_a_callback_interrupts_as_in_diffusers(full: Sampler) -> None:
+    seen: list[Any] = []
+
+    def stop(pipe: Any, step: int, time: float, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(given["latents"])
+        pipe._interrupt = step == 2
+        return given
+
+    made = run(full, "ddim", callback_on_step_end=stop)
+    assert len(seen) == 3
+    assert torch.equal(made.latents, seen[-1])
+    assert made.decisions == "111"
+    assert run(full, "ddim").decisions == "111111"  # of another run it says nothing
+
+
 def test_a_picture_depends_on_its_seed_and_place_alone(sequential: Sampler) -> None:
     one = sequential(seed=3, **TOLD).latents
     assert torch.equal(one, sequential(seed=3, **TOLD).latents)
@@ -254,3 +388,4 @@ def test_the_manifest_says_what_is_in_the_engine(full: Sampler) -> None:
     )
     assert loop["cache"]["form"] == "conditional"
     assert loop["latents"] == list(SHAPE)
+    assert hasten.sampler(str(full.engine.path)).loop == loop

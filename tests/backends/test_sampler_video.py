@@ -24,7 +24,7 @@ CACHE = "first-block:threshold=0.2"
 def adapter() -> Adapter:
     """One network for all tests, also while another is being trained; one clip, guided as a batch of two."""
     module = get("scenes-video").module()
-    return dataclasses.replace(get("scenes-video"), batch=2, build=lambda: module)
+    return dataclasses.replace(get("scenes-video"), batch=2, build=lambda _: module)
 
 
 @pytest.fixture(

@@ -101,6 +101,8 @@ def test_message_for_profiles_that_do_not_fit_the_model(shapes, message):
         ("8*h", 48),
         ("h//2 + 1", 4),
         ("h % 4", 2),
+        ("2*h**2", 72),
+        ("h**9", None),
         ("w", None),
         ("h/2", None),
         ("__import__('os')", None),

@@ -143,6 +143,14 @@ def test_random_weights_are_the_same_every_time_and_for_both_spellings():
     torch.testing.assert_close(classic(**inputs), first(**inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_weights_in_another_type_are_the_same_ones_rounded():
+    adapter = get("sd15-unet-reduced")
+    wanted, found = adapter.module().bfloat16().state_dict(), adapter.module(torch.bfloat16).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == tensor.dtype for name, tensor in wanted.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_export_with_dynamic_sizes_holds_for_other_sizes():
     adapter = get("sd15-vae-decoder-reduced")
     module = adapter.module()

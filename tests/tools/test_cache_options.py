@@ -29,6 +29,42 @@ def test_generate_reports_what_was_skipped(hasten, tmp_path):
     assert json.loads((tmp_path / "scenes-dit.json").read_text())["cache"] == cache
 
 
+QUICK = ("--count", 1, "--repeat", 1, "--guidance", 1, "--target", "onnxruntime:cpu")
+
+
+@pytest.mark.parametrize("solver", [(), ("--solver", "dpm++2m")])
+def test_generate_tells_a_schedule_before_the_run(hasten, tmp_path, solver):
+    done = hasten("generate", "scenes-dit", "-o", tmp_path, "--cache", "mask:10101", "--steps", 5, *QUICK, *solver)
+    assert done.code == 0, done.err
+    line = done.out.splitlines()[0]
+    assert line.startswith("step cache mask: predicted mask 10101, 3 of 5 steps computed, 1.")
+    assert line.endswith("x as fast by the operations left out; state 0.041 MB")
+    assert "3 of 5 steps computed, 2 reused: 10101" in " ".join(done.out.split())  # lines are folded
+
+
+def test_generate_tells_what_a_calibration_predicted(hasten, tmp_path):
+    path = tmp_path / "cache.json"
+    fit = {"predicted": {"mask": "110110", "computed": 4, "speedup": 1.4}}
+    content = {"policy": "first-block", "options": {"threshold": 1e9}, "steps": 6, "model": "scenes-dit", "fit": fit}
+    path.write_text(json.dumps(content))
+    for steps, told in (
+        (6, "predicted mask 110110, 4 of 6 steps computed, 1."),
+        (4, "the mask is not known before the"),
+    ):
+        done = hasten("generate", "scenes-dit", "-o", tmp_path / "out", "--cache", path, "--steps", steps, *QUICK)
+        assert done.code == 0, done.err
+        assert done.out.startswith(f"step cache first-block: {told}")
+        assert done.err.count("threshold 1e+09 is never reached") == 1
+
+
+def test_generate_with_a_solver_tells_of_a_threshold_that_does_nothing(hasten, tmp_path):
+    words = ("--cache", "first-block:threshold=1e9", "--steps", 4, "--solver", "unipc", *QUICK)
+    done = hasten("generate", "scenes-dit", "-o", tmp_path, *words)
+    assert done.code == 0, done.err
+    assert done.out.startswith("step cache first-block: the mask is not known before the run; state 0.0819 MB")
+    assert done.err.count("threshold 1e+09 is never reached: all 3 calls that first-block may decide on reuse") == 1
+
+
 def test_bench_measures_speed_against_quality(hasten, tmp_path):
     words = ["--cache", POLICY, "--cache", "mask:10101010", "--thresholds", "0.2,10", "--steps", "8", "--count", "1"]
     done = hasten("bench", "scenes-dit", *words, "--rounds", "1", "--cache-target", "onnxruntime:cpu", "--json")

@@ -78,9 +78,27 @@ def test_dit_where_there_is_no_compiler_says_so(hasten, tmp_path, monkeypatch):
     assert document["outputs"] == [str(tmp_path / n) for n in ("scenes-dit.png", "scenes-dit.json", "scenes-dit")]
 
 
+def test_a_seed_of_64_bits(hasten, tmp_path):
+    """Both contenders are given the same noise by it, and not that of another seed."""
+    words = ("--count", 2, "--guidance", 1, "--steps", 2, "--repeat", 1, "--target", "onnxruntime:cpu", "-q", "--json")
+    made = []
+    for seed in (2**41, 2**64 - 1):
+        done = hasten("generate", "scenes-dit", "-o", tmp_path / str(seed), "--seed", seed, *words)
+        assert done.code == 0, done.err
+        assert done.json["seed"] == seed
+        assert done.json["results"][1]["max_abs_difference"] < 1e-3
+        made.append((tmp_path / str(seed) / "scenes-dit.png").read_bytes())
+    assert made[0] != made[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["scenes-dit", "--seed", str(2**64)],
+            "seed: 18446744073709551616 given; give 0 or more, up to 2**64 - 1",
+        ),
+        (["scenes-dit", "--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 up"),
         (["sd15-unet"], "'sd15-unet' is no bundled model; there are scenes-unet, scenes-dit, scenes-video."),
         (
             ["scenes-dti"],

@@ -1,7 +1,9 @@
 """``generate --picard``: predicted before it runs, refused where it loses, and what happens when a process is lost."""
 
 import json
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,13 +62,24 @@ def test_exact_is_the_plain_loop(hasten, tmp_path, monkeypatch):
     ]
 
 
-def test_two_processes_and_an_acceleration_make_the_same_pictures(hasten, tmp_path):
+def test_two_processes_and_an_acceleration_make_the_same_pictures(hasten, tmp_path, monkeypatch):
+    """And the other one ends by itself, with nothing to complain of."""
+    started = []
+
+    def start(*words, **options):
+        with open(tmp_path / "said", "wb") as file:
+            started.append(subprocess.Popen(*words, **options, stderr=file))
+        return started[-1]
+
+    monkeypatch.setattr(picard_team, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": start}))
     words = "tolerance=0.001,window=4,processes=2,acceleration=2,force=true"
     done = hasten(*GENERATE, "-o", tmp_path, "--picard", words, "--json")
     assert done.code == 0
     quality = done.json["picard"]["psnr_to_plain_db"]
     assert quality is None or quality > 60
     assert done.json["picard"]["processes"] == 2
+    assert [process.returncode for process in started] == [0]
+    assert "Traceback" not in (tmp_path / "said").read_text()
 
 
 def test_it_is_refused_where_it_is_predicted_to_lose(hasten, tmp_path, monkeypatch):
@@ -94,9 +107,33 @@ def test_a_process_that_is_lost(hasten, tmp_path, monkeypatch):
     assert not (tmp_path / "scenes-dit.png").exists()
 
 
+def test_a_solver_whose_sweeps_are_not_known_runs_where_it_is_forced(hasten, tmp_path, engines):
+    words = [word if word != "scenes-dit" else "scenes-unet" for word in GENERATE]
+    done = hasten(*words, "-o", tmp_path / "a", "--solver", "ipndm", "--picard", "window=6")
+    assert done.code == 2
+    assert "its sweeps cannot be told before the run; take another solver, or force the run" in done.err
+    assert not list(engines.glob("scenes-unet*"))
+    done = hasten(
+        *words, "-o", tmp_path / "b", "--solver", "ipndm", "--picard", "window=6,exact=true,force=true", "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.json["picard"]["predicted_speedup"] is None
+    quality = done.json["picard"]["psnr_to_plain_db"]
+    assert quality is None or quality > 90
+
+
+def test_a_solver_of_two_networks_is_refused_before_anything_is_built(hasten, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_picard, "_built", None)
+    words = ("--solver", "stsp:order=1,spacing=leading,offset=1", "--picard", "window=4,force=true")
+    done = hasten("generate", "scenes-unet", "-o", tmp_path, "--target", "onnxruntime:cpu", "--steps", 3, *words)
+    assert (done.code, done.out) == (2, "")
+    assert "--picard asks one network for many rows at once, and --solver stsp:order=1" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("tolerance=inf", "picard: tolerance: inf was given, with which nothing is ever waited for; 0.1 is usual"),
         ("tolerance=0", "picard: tolerance: 0 was given; it is above 0; exact=true makes the plain loop's result"),
         ("tolerance=-1", "picard: tolerance: -1 was given; it goes from 0 (how much a settled state may change"),
         ("exact=true,tolerance=0.1", "picard: exact=true waits until nothing changes, and tolerance is not for it"),

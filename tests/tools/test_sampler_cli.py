@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -86,10 +87,93 @@ def test_build_puts_an_onnx_model_and_what_it_was_trained_on_into_an_engine(hast
     torch.testing.assert_close(made.pixels, expected, rtol=2e-5, atol=2e-5)
 
 
+class Clock(nn.Module):
+    """It predicts the time that it is told."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return 0 * sample + timestep[:, None, None, None]
+
+
+def test_build_tells_the_network_a_thousandth_of_the_time(hasten: Any, tmp_path: Any) -> None:
+    config, source = tmp_path / "scheduler_config.json", tmp_path / "net.onnx"
+    flux = {"shift": 3.0, "use_dynamic_shifting": True, "_class_name": "FlowMatchEulerDiscreteScheduler"}
+    config.write_text(json.dumps(flux))
+    names, examples = ["sample", "timestep"], (torch.zeros(1, 2, 4, 4), torch.zeros(1))
+    torch.onnx.export(Clock(), examples, source, dynamo=True, input_names=names, output_names=["out"], verbose=False)
+    words = ("build", source, "--target", "onnxruntime:cpu", "--scheduler", config, "--steps", 4, "-q")
+    solver = ("--solver", "flow-euler:tokens=4096,spacing=trailing")
+    done = hasten(*words, *solver, "--time-scale", "0.001", "-o", tmp_path / "engine")
+    assert done.code == 0, done.err
+    made = sampler_of(load(tmp_path / "engine"))(latents=torch.zeros(1, 2, 4, 4)).latents
+    # Euler's steps of a velocity that is s itself, over the levels of FLUX at 4096 image tokens
+    s = [1, 0.90453, 0.75951, 0.51284, 0]
+    wanted = sum((b - a) * a for a, b in pairwise(s))
+    torch.testing.assert_close(made, torch.full_like(made, wanted), rtol=1e-4, atol=1e-4)
+    done = hasten(*words, "--solver", "flow-euler", "-o", tmp_path / "other")
+    assert done.code == 2
+    assert "shift depends on the picture's size (use_dynamic_shifting), and nothing says how far it goes" in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_timesteps": "abc"}, "num_train_timesteps: 'abc' is not a whole number"),
+        ({"num_train_timesteps": -3}, "num_train_timesteps: -3 was given; it goes from 1"),
+        ({"beta_start": "x"}, "beta_start: 'x' is not a number"),
+        ({"beta_start": None}, "beta_start: None is not a number"),
+        ({"beta_schedule": 3}, "beta_schedule: 3 is not a word"),
+        ({"beta_schedule": "cosine"}, "unknown noise schedule 'cosine'"),
+        ({"trained_betas": [0.1, "x"]}, "trained_betas: 'x' is not a number"),
+        ({"prediction_type": 5}, "prediction_type: 5 is not a word"),
+        ({"shift": "abc"}, "shift: 'abc' is not a number"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous' is of a network that is told a function of the"),
+    ],
+)
+def test_a_wrong_configuration_is_named_with_its_file(
+    hasten: Any, tmp_path: Any, changes: dict[str, Any], message: str
+) -> None:
+    config = tmp_path / "scheduler_config.json"
+    config.write_text(json.dumps({"beta_schedule": "linear", "_class_name": "DDIMScheduler", **changes}))
+    words = ("build", "scenes-dit", "--target", "onnxruntime:cpu", "--solver", "unipc", "--scheduler", config)
+    done = hasten(*words, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert f"--scheduler: {config}: {message}" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["scenes-dit", "scenes-unet"])
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ("mask:bits=101", "mask: it was made for 3 steps and the run has 5; give a mask of 5, or stretch=nearest"),
+        (
+            "teacache:model=flux,signal=time-embedding,times=999/500/1",
+            "teacache: times: 3 were given and the run has 5 steps; give one a step",
+        ),
+    ],
+)
+def test_a_mask_for_another_number_of_steps_is_refused_before_anything_is_built(
+    hasten: Any, tmp_path: Any, model: str, cache: str, message: str
+) -> None:
+    words = ("--target", "onnxruntime:cpu", "--steps", 5, "--cache", cache, "-o", tmp_path / "out")
+    done = hasten("generate", model, *words)
+    assert (done.code, message in done.err) == (2, True), done.err
+    assert not list((tmp_path / "out").glob("*"))
+    if cache.startswith("mask"):  # in a loop each run decides by the times that it has
+        done = hasten("build", model, "--solver", "unipc", *words)
+        assert (done.code, message in done.err) == (2, True), done.err
+        assert not list((tmp_path / "out").glob("*"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["build", "scenes-dit", "--steps", "5"], "--steps is of a sampler; say which: --solver NAME"),
+        (["build", "scenes-dit", "--time-scale", "0.1"], "--time-scale is of a sampler; say which: --solver NAME"),
+        (
+            ["build", "scenes-dit", "--solver", "unipc", "--time-scale", "0"],
+            "--time-scale: '0' is not a number above 0",
+        ),
         (["build", "scenes-dit", "--inpaint"], "--inpaint is of a sampler; say which: --solver NAME"),
         (["build", "scenes-dit", "--decoder", "own"], "--decoder is of a sampler; say which: --solver NAME"),
         (

@@ -96,6 +96,16 @@ def test_a_pass_that_looks_reads_them(exported: Any) -> None:
         np.testing.assert_array_equal(tensors[name].values, onnx.numpy_helper.to_array(held))
 
 
+def test_what_was_looked_at_stays_in_the_file(exported: Any) -> None:
+    model, whole, file = exported
+    graph = OnnxGraph(model, file.parent)
+    (view,) = graph.views()
+    (name,) = outside(model)
+    (held,) = (t for t in whole.graph.initializer if t.name == name)
+    np.testing.assert_array_equal(view.constant(name), onnx.numpy_helper.to_array(held))
+    assert outside(graph.to_model()) == [name]
+
+
 def test_a_model_in_memory_with_weights_elsewhere_needs_their_folder(exported: Any) -> None:
     model, _, file = exported
     with pytest.raises(

@@ -1,15 +1,18 @@
 """Each difference of the references from the published methods: followed with compat="diffusers", gone without."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from hasten.errors import UsageError
 from hasten.passes.solvers import defects
-from hasten.passes.solvers.catalog import build, names
+from hasten.passes.solvers.catalog import build, names, parse
 from hasten.passes.solvers.defects import follows
 from hasten.passes.solvers.dpm_solver import dpm_solver
 from hasten.passes.solvers.grid import Grid, variance_preserving
 from hasten.passes.solvers.ipndm import ipndm
+from hasten.passes.solvers.picard import picard
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
 
@@ -122,6 +125,65 @@ def test_ignored_first_prediction():
     first = [table.response()[1, 1] for table in (theirs, ours)]
     assert first[0] == pytest.approx(0, abs=1e-6)  # what the network said of x0 is gone
     assert first[1] == pytest.approx(-theirs.level[1, 0], rel=1e-12)
+
+
+@pytest.mark.parametrize("first", [1, 2, 6])
+def test_missing_history(first):
+    grid, scale = EPSILON, 1e-9
+    theirs, ours = (parse(f"lms:compat={compat}").build(grid, 10, first=first) for compat in ("diffusers", "none"))
+    assert len(theirs) == len(ours) == 10 - first
+    ratio = theirs.level[:, 1] / theirs.level[:, 0]
+    whole = np.append(ratio[1:-1], 0) - ratio[:-1]
+    for table, weighs in ((theirs, False), (ours, True)):
+        # all weights of a row, over the length of its step
+        ends = np.append(table.level[1:-1, 0], 1)
+        share = (table.B[:, 0] + table.A[:, 0, 1:].sum(1)) / ends / whole
+        assert (abs(share[0] - 1) < scale) == weighs
+        assert share[3:] == pytest.approx(1, rel=1e-9)
+    whole_run = (parse(f"lms:compat={compat}").build(grid, 10).response() for compat in ("diffusers", "none"))
+    assert np.array_equal(*whole_run)
+
+
+@pytest.mark.parametrize("process", [EPSILON, VELOCITY])
+@pytest.mark.parametrize("first", [1, 2, 6, 9, 10])
+def test_late_correction(first, process):
+    def wander(compat):
+        """How far inputs stray from a c + b e for a network that knows the picture c."""
+        table = parse(f"plms:compat={compat}").build(process, 10, first=first)
+        assert np.array_equal(table.time, build("plms", process, 10).time[first:])
+        assert table.init == 1
+        levels, strayed = iter(table.level.tolist()), []
+        a, b = table.level[0]
+        x = np.array([a * 0.7 + b * 0.4])
+
+        def network(y, t):
+            a, b = next(levels)
+            eps = (y - a * 0.7) / b
+            strayed.append(eps[0])
+            return a * eps - b * 0.7 if process is VELOCITY else eps
+
+        sample(network, table, x)
+        return np.ptp(strayed)
+
+    assert wander("none") < 1e-12
+    assert (wander("diffusers") > 1e-3) == (first < 9)
+
+
+def test_windows_of_order_1_are_not_followed():
+    table = build("dpm++2m", EPSILON, 12)
+    a, b = table.A.copy(), table.B.copy()
+    for row in (4, 8):  # the first rows of windows of 4, without what they remember
+        b[row, 0] += a[row, 0, 1]
+        a[row, 0, 1] = 0
+    dropped = replace(table, A=a, B=b)
+    x = np.random.default_rng(0).normal(size=(2, 5))
+
+    def network(y, t):
+        return np.tanh(y)
+
+    plain = sample(network, table, x)
+    assert np.abs(sample(network, dropped, x) - plain).max() > 1e-2
+    assert np.abs(picard(network, table, x, window=4, tolerance=0).result - plain).max() < 1e-12
 
 
 @pytest.mark.parametrize("name", names())

@@ -117,6 +117,9 @@ def test_the_scheduler_is_left_as_it_is():
         ),
         (lambda: Squaring(), 5, "Squaring is not linear: with random outputs its samples are .*% away"),
         (lambda: Bounded(), 5, "Bounded is not linear: with random outputs"),
+        (lambda: diffusers.EulerDiscreteScheduler(), 0, "^EulerDiscreteScheduler: 0 sampling steps were asked for; at"),
+        (lambda: None, 4, "expected a diffusers scheduler, found NoneType, which has no set_timesteps"),
+        (lambda: diffusers.DDIMScheduler().config, 4, "expected a diffusers scheduler, found FrozenDict, which has no"),
         (lambda: diffusers.PNDMScheduler(), 2, "PNDMScheduler refuses 2 steps: operands could not be broadcast"),
         (
             lambda: diffusers.UniPCMultistepScheduler(solver_type="bh1"),

@@ -241,5 +241,5 @@ def test_variance_of_sde_solvers_converges(options, order):
 
 
 def test_every_defect_has_a_name_of_its_own():
-    assert len({d.name for d in defects.DEFECTS}) == len(defects.DEFECTS) == 10
+    assert len({d.name for d in defects.DEFECTS}) == len(defects.DEFECTS) == 13
     assert all(d.where and d.what for d in defects.DEFECTS)
