@@ -10,8 +10,8 @@ LARGEST = 2**64 - 1
 PLACES = 24
 """Bits of a picture's place, which a seed goes above."""
 MIXED_FROM = 2 ** (32 - PLACES)
-"""Seeds from here on are mixed with the place: torch's generator on a CPU reads 32 bits, so that of a larger one above the
-place it would see the last 8 alone, and noise would repeat every 256 seeds."""
+"""Seeds from here on are mixed with the place: torch's generator on a CPU reads 32 bits, of a larger seed above the
+place the last 8 alone, and noise would repeat every 256 seeds."""
 
 
 def check_seed(seed: Any) -> int:
