@@ -21,7 +21,7 @@ from hasten.tools.generate_loop import LoopDenoise
 LABELS = [3, 9]
 CACHES = {"scenes-unet": "easycache:threshold=0.1", "scenes-dit": "first-block:threshold=0.2"}
 SOLVERS = {
-    "scenes-unet": ("ddim", "pndm", "dpm++2m-karras", "unipc"),
+    "scenes-unet": ("ddim", "pndm", "dpm++2m-karras", "unipc", "heun"),
     "scenes-dit": ("flow-euler", "dpm++2m-karras", "unipc", "heun"),
 }
 

@@ -41,6 +41,9 @@ def flat() -> Any:
         "mask:bits=1111,payload=taylor,order=3",
         "fora:interval=2",
         "spectrum:history=4",
+        "magcache:model=flux",
+        "smoothcache:schedule=1111",
+        "meancache",
     ],
 )
 def test_what_is_predicted_is_held(text: str) -> None:
@@ -53,6 +56,26 @@ def test_what_is_predicted_is_held(text: str) -> None:
     held = sum(value.nbytes for value in run.state().values())
     assert held == cached.state_bytes > 0
     assert region.state_bytes(policy) == held
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_is_kept_under_a_skip_connection(level: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"sample_size": 16, "block_out_channels": (32, 32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    kinds = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    net = diffusers.UNet2DModel(**sizes, **kinds).eval()
+    given = {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor(500)}
+    program = capture(net, (), given)
+    graph = flatten(program.module(check_guards=False), program)
+    policy = parse(f"deepcache:interval=2,level={level}")
+    region = find(FxFlow(FxView(graph.module)), policy)
+    cached = Cached(graph, find_cut(graph.module, policy).cut, f"deepcache:interval=2,level={level}")
+    run = cached.start(4, "1010")
+    for step in range(4):
+        run(sample=given["sample"] * (1 - 0.1 * step), timestep=given["timestep"] - step)
+    assert sum(value.nbytes for value in run.state().values()) == cached.state_bytes > 0
+    assert region.state_bytes(policy) == cached.state_bytes
 
 
 def test_one_change_is_kept_of_a_whole_model() -> None:
