@@ -201,8 +201,8 @@ class Registered:
     def __init__(self, module, examples):
         self._module, self._examples = module, examples
 
-    def module(self):
-        return copy.deepcopy(self._module)
+    def module(self, dtype):
+        return copy.deepcopy(self._module).to(dtype)
 
     def example_inputs(self, dtype):
         return {k: v.to(dtype) for k, v in zip(("sample", "timestep"), self._examples, strict=True)}
