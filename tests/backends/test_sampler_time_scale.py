@@ -32,7 +32,7 @@ class Net(torch.nn.Module):
     [
         ("onnxruntime:cpu", {}, 1.0),
         ("onnxruntime:cpu", {"time_scale": 2.5}, 2.5),
-        ("aoti:cpu", {"time_scale": 0.001}, 0.001),
+        pytest.param("aoti:cpu", {"time_scale": 0.001}, 0.001, marks=pytest.mark.slow),
     ],
 )
 def test_times_are_multiplied(tmp_path: Any, target: str, given: dict[str, float], factor: float) -> None:
