@@ -56,7 +56,7 @@ def ranged(request: Any, tmp_path_factory: Any) -> Sampler:
 
 def given(pictures: int, side: int = 8) -> dict[str, torch.Tensor]:
     noise = torch.randn(pictures, 4, side, side, generator=torch.Generator().manual_seed(7))
-    labels = torch.arange(pictures) + 2
+    labels = (torch.arange(pictures) + 2) % NULL
     return {"latents": noise, "class_labels": labels, "negative_class_labels": torch.full((pictures,), NULL)}
 
 
