@@ -109,17 +109,14 @@ class Draw:
         for what, found in many.items():
             if len(found) != shape[0]:
                 raise UsageError(f"{len(found)} {what} were given for {shape[0]} pictures; give one, or one each")
-        self.shape, self.one = shape, None if isinstance(generator, Sequence) else generator
         pairs = [(s, 0) for s in seed] if isinstance(seed, Sequence) else [(seed, i) for i in range(shape[0])]
-        own = generator if isinstance(generator, Sequence) else None
-        self.own = own or [torch.Generator().manual_seed(of_picture(*pair)) for pair in pairs]
+        self.shape = shape
+        self.generator = generator or [torch.Generator().manual_seed(of_picture(*pair)) for pair in pairs]
 
     def __call__(self) -> torch.Tensor:
-        import torch
+        from hasten.passes.solvers.draw import unit_noise
 
-        if self.one is not None:
-            return torch.randn(self.shape, generator=self.one, device=self.one.device).cpu()
-        return torch.stack([torch.randn(self.shape[1:], generator=g, device=g.device).cpu() for g in self.own])
+        return unit_noise(self.shape, self.generator, "cpu")
 
 
 def whole(value: int, device: str) -> torch.Tensor:
