@@ -23,7 +23,8 @@ def classifier_guided(table: SolverTable, process: Process, weight: float) -> So
     """Guide a solver of one network on a diffusion process: twice the rows, one latent more.
 
     Levels are the table's own, or where it has none those of ``process`` at its times. `UsageError` for a flow, whose
-    network says nothing of eps by itself, for a table of several networks, and for one that clips or thresholds x0.
+    network says nothing of eps by itself, for a table of several networks, for one that clips or thresholds x0, and for
+    one that starts without signal.
     """
     if process.is_flow:
         raise UsageError("classifier guidance here shifts eps, and this model is a flow; guide inside its network")
@@ -35,6 +36,12 @@ def classifier_guided(table: SolverTable, process: Process, weight: float) -> So
         )
     m, k = len(table), table.width
     signal, noise = seen(table, process).T
+    if not signal.all():
+        raise UsageError(
+            "guided: the solver starts where the signal level is zero, and there no x0 follows from a shifted eps; "
+            "take one that starts a little below, such as unipc or euler, or a schedule that is not rescaled to zero "
+            "terminal SNR"
+        )
     # f = cf^-1 (eps - cy y), and y stays: eps shifted by -w b g shifts f by this times g
     _, of_output = convert(process.prediction, "eps", signal, noise)
     shift = -weight * noise / of_output

@@ -32,7 +32,9 @@ def dpm_singlestep(
     Levels that are left over, and the end where it has no noise, take lower orders, as with ``lower_order_final``.
     A run that starts late, within a step, takes what is left of it for one of lower order.
     Order 3 with ``slope="midpoint"`` uses the last stage alone. `defects.SDE_SECOND_DIFFERENCE_SIGN` applies to order 3
-    in the sde-data form with heun. Latents: x, the step's first x, and the values there and at its stages.
+    in the sde-data form with heun. In that form a stage and the step behind it draw noise of their own, as in
+    diffusers, so that the variance is of order 1 whatever ``order`` is. Latents: x, the step's first x, and the values
+    there and at its stages.
     """
     check("dpm-singlestep", order, form, slope, grid)
     if form == "sde-noise":

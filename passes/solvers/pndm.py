@@ -118,6 +118,11 @@ class _Walk:
         fixed_stride: bool,
     ) -> None:
         convert(prediction, "eps", bars[list(grid)] ** 0.5, (1 - bars[list(grid)]) ** 0.5)  # refuses what it cannot
+        if not bars[grid[0]]:
+            raise UsageError(
+                f"{solver}: the grid starts where the signal level is zero, and its steps divide by that level; "
+                "start a little below, take ddim, or a schedule that is not rescaled to zero terminal SNR"
+            )
         self.grid, self.bars, self.prediction, self.width = grid, bars, prediction, width
         self.final = 1.0 if set_alpha_to_one else float(bars[0])
         self.fixed_stride = fixed_stride and defects.follows(compat, defects.FIXED_STRIDE, solver=solver)

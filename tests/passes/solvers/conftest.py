@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +56,17 @@ class Mixture:
         )
         return np.array(states)
 
-    def exact(self, ratios, start):
-        """The solution at every level of a grid in b / a from ``start``, to about 1e-12; (N + 1, P, 2)."""
+    def exact(self, ratios, start, eps=None):
+        """The solution at every level of a grid in b / a from ``start``, to about 1e-12; (N + 1, P, 2).
+
+        ``eps(y, a, b)`` is the mixture's unless given.
+        """
+        eps = eps or partial(self.answer, "epsilon")
 
         def slope(log, scaled):  # of x / a over ln(b / a)
             ratio = np.exp(log)
             a = 1 / np.sqrt(1 + ratio**2)
-            return ratio * self.answer("epsilon", scaled * a, a, ratio * a)
+            return ratio * eps(scaled * a, a, ratio * a)
 
         scaled, states = start * np.sqrt(1 + ratios[0] ** 2), [start]
         parts = max(1, 1536 // (len(ratios) - 1))

@@ -62,6 +62,14 @@ ZERO_END = Grid(np.arange(3), *variance_preserving(np.array([3.0, 2.0, 1.0, 0.0]
         ("flow-euler:mu=1000", FLOW, 2, "flow-euler: mu is 1000; the shift it stands for is not finite"),
         # no signal at the first level
         ("ddim:spacing=trailing", Process(bars=ZERO_SNR.bars), 5, "epsilon prediction says nothing where the signal"),
+        ("plms:spacing=trailing", ZERO_SNR, 5, "plms: the grid starts where the signal level is zero, and its"),
+        ("pndm:spacing=trailing", ZERO_SNR, 5, "pndm: the grid starts where the signal level is zero, and its"),
+        (
+            "guided:solver=ddim:spacing=trailing",
+            ZERO_SNR,
+            5,
+            "guided: the solver starts where the signal level is zero",
+        ),
         ("dpm-solver:least_log_snr=-3,spacing=trailing", EPSILON, 500, "the trailing grid without"),
     ],
 )

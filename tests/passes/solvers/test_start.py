@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import solvers as tables
 
 from hasten.errors import UsageError
 from hasten.passes.solvers.catalog import build, parse
+from hasten.passes.solvers.from_config import read_config
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.start import begun, levels, seen
 
@@ -69,6 +72,53 @@ def test_a_solver_with_a_memory_starts_anew_where_it_can() -> None:
     with pytest.raises(UsageError, match="the solver carries 3 latents, and its table alone does not say how to begin"):
         begun(build("unipc", DIFFUSION, 8), DIFFUSION, 0.5)
     assert begun(build("unipc", DIFFUSION, 8), DIFFUSION, 1.0).row == 0
+
+
+LATE: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
+    ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+    ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3, "solver_type": "heun"}),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
+    ("DEISMultistepScheduler", {"solver_order": 3}),
+    ("LMSDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), LATE)
+def test_every_late_beginning_is_that_of_diffusers(kind: str, config: dict[str, Any]) -> None:
+    """The response matrix of what is left, from every step that image-to-image can begin with."""
+    pytest.importorskip("diffusers")
+    if kind == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")
+    config = config if kind.startswith("FlowMatch") else {**tables.STABLE_DIFFUSION, **config}
+    read = read_config({"_class_name": kind, **config})
+    for steps in (5, 10, 16):
+        whole = read.request.build(read.process, steps)
+        for row in range(1, steps):
+            strength = (steps - row + 0.5) / steps
+            start = begun(
+                whole,
+                read.process,
+                strength,
+                lambda row, n=steps: read.request.build(read.process, n, first=row),
+                steps,
+            )
+            wanted, times = tables.probed(kind, config, steps, begin=row)
+            assert start.row == row
+            np.testing.assert_allclose(start.table.time, times, rtol=1e-9)
+            got, init = start.table.response(), start.table.init
+            got[:, 0] /= init
+            assert tables.difference(got, tables.without_unused_noise(wanted, start.table)) < 1e-12, (steps, row)
 
 
 @pytest.mark.parametrize(
