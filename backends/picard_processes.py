@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from hasten.errors import HastenError, UsageError
-from hasten.passes.solvers.picard import Picard, picard
+from hasten.passes.solvers.picard import picard
+from hasten.passes.solvers.picard_loop import Picard
 from hasten.passes.solvers.table import SolverTable
 
 Network = Callable[..., torch.Tensor]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,10 +17,8 @@ from hasten.tools.quality import psnr
 from hasten.tools.timing import take_turns
 
 if TYPE_CHECKING:
-    from hasten.backends.build import Progress
-    from hasten.backends.engine import Engine
     from hasten.models.adapter import Adapter
-    from hasten.passes.solvers.picard import Picard
+    from hasten.passes.solvers.picard_loop import Picard
     from hasten.passes.solvers.table import SolverTable
 
 OPTIONS: Mapping[str, Option] = {
@@ -73,8 +70,10 @@ def run(
     from hasten.passes.solvers.picard_gain import predicted_gain
     from hasten.passes.solvers.sample import sample
     from hasten.tools import generate as verb
+    from hasten.tools import picard_build
     from hasten.tools.generate_loop import table_of
-    from hasten.tools.picard_team import Network, Settings, team
+    from hasten.tools.picard_member import Network, Settings
+    from hasten.tools.picard_team import team
 
     asked = request(args.picard)
     options = asked.options
@@ -85,8 +84,13 @@ def run(
     window, processes = min(options["window"], len(found)), options["processes"]
     sweeps = _sweeps(found, window, options, args.solver)
     samples = -(-window * len(labels) // processes)
+    compiled = processes == 1 and found.hook is None  # processes share a call of the network, and hooks are the host's
     with console.progress("building the engines of one row and of the window") as tell:
-        one, several = (_built(adapter, n, chosen, folder, args, tell) for n in (len(labels), samples))
+        one = picard_build.of_network(adapter, len(labels), chosen, folder, args, tell)
+        if compiled:
+            several = picard_build.of_window(adapter, len(labels), window, found, chosen, folder, args, tell)
+        else:
+            several = picard_build.of_network(adapter, samples, chosen, folder, args, tell)
     settings = Settings(
         engine=str(several.path),
         model=args.model,
@@ -100,12 +104,13 @@ def run(
         acceleration=options["acceleration"],
         processes=processes,
         threads=max(1, _cores() // processes),
+        compiled=compiled,
     )
     draw = Draw((len(labels), *adapter.inputs[0].shape[1:]), args.seed, None)
     x, *noise = (draw() for _ in range(1 + len(found.noisy)))
     with team(settings) as others, torch.no_grad():
         conditions = others.member.conditions
-        row = Network(one, len(labels), others.member.network.null, args.guidance)
+        row = Network(one, len(labels), others.member.null, args.guidance)
 
         def denoise(y: torch.Tensor, t: float) -> torch.Tensor:
             return row(y, torch.full((len(y),), t), conditions)
@@ -117,6 +122,7 @@ def run(
         if sweeps is not None:
             # a sweep of the team is one call that waits for another
             gain = predicted_gain({1: alone, window: whole}, found, window, sweeps, force=options["force"])
+        where += ", each a compiled graph" if compiled else ", each a call of the network's engine"
         told = f"predicted: {sweeps} sweeps {where}: {gain}" if gain is not None else f"sweeps {where}, not predicted"
         console.show(f"{asked}", told)
         runs: list[Picard] = []
@@ -151,6 +157,7 @@ def run(
         "picard": {
             **options,
             "window": window,
+            "compiled": compiled,
             "rows": len(found),
             "predicted_sweeps": sweeps,
             "sweeps": runs[0].sweeps,
@@ -189,18 +196,6 @@ def _sweeps(found: SolverTable, window: int, options: Mapping[str, Any], solver:
         if not options["force"]:
             raise
         return None
-
-
-def _built(
-    adapter: Adapter, samples: int, chosen: str, folder: Path, args: argparse.Namespace, tell: Progress
-) -> Engine:
-    """An engine of the network for so many samples of the sampler."""
-    from hasten.backends.build import build
-
-    batch = samples * (1 if args.guidance == 1 else 2)
-    out = folder / f"{adapter.name}-batch-{batch}"
-    wide = dataclasses.replace(adapter, batch=batch)
-    return build(wide, target=chosen, out=out, overwrite=True, expect=args.expect, progress=tell)
 
 
 def _measured(call: Callable[[], object]) -> float:

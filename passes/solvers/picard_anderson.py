@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = Any  # a torch.Tensor or a numpy.ndarray
-State = list[Array]
+State = Sequence[Array]
 RIDGE = 1e-3
 """Of the least squares, as a part of the mean square of the changes."""
 
@@ -51,7 +51,7 @@ class Anderson:
         moved = [{i: _minus(b.states[i], a.states[i]) for i in rows if i in a.states} for b, a in changes]
         turned = [{i: _minus(b.residuals[i], a.residuals[i]) for i in rows if i in a.residuals} for b, a in changes]
         shares = self._shares(rows, residuals, turned, to_host)
-        found = []
+        found = list[State]()
         for i, state, share in zip(rows, new, shares, strict=True):
             after = list(state)
             for k, (by, turn) in enumerate(zip(moved, turned, strict=True)):

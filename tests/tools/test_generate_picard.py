@@ -13,7 +13,7 @@ from hasten.models.processes import process_of
 from hasten.passes.solvers.catalog import build
 from hasten.passes.solvers.picard_gain import Gain
 from hasten.passes.solvers.picard_sweeps import expected_sweeps
-from hasten.tools import generate_picard, picard_team
+from hasten.tools import generate_picard, picard_build, picard_team
 
 GENERATE = ("generate", "scenes-dit", "--target", "onnxruntime:cpu", "--count", 1, "--steps", 6, "--guidance", 1, "-q")
 
@@ -27,13 +27,19 @@ def engines(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def built_once(engines, monkeypatch):
     """Engines are built by the first test that asks for them."""
-    build_one = generate_picard._built
+    of_network, of_window = picard_build.of_network, picard_build.of_window
 
-    def built(adapter, samples, chosen, folder, args, tell):
+    def network(adapter, samples, chosen, folder, args, tell):
         known = engines / f"{adapter.name}-batch-{samples}"
-        return load(known) if known.is_dir() else build_one(adapter, samples, chosen, engines, args, tell)
+        return load(known) if known.is_dir() else of_network(adapter, samples, chosen, engines, args, tell)
 
-    monkeypatch.setattr(generate_picard, "_built", built)
+    def window(adapter, pictures, window, table, chosen, folder, args, tell):
+        known = engines / f"{adapter.name}-window-{window}-batch-{pictures}"
+        own = known.is_dir() and load(known).inputs[0].shape[1] == table.width
+        return load(known) if own else of_window(adapter, pictures, window, table, chosen, engines, args, tell)
+
+    monkeypatch.setattr(picard_build, "of_network", network)
+    monkeypatch.setattr(picard_build, "of_window", window)
 
 
 def measured(monkeypatch, seconds_of_a_row, seconds_of_a_window):
@@ -49,7 +55,7 @@ def test_exact_is_the_plain_loop(hasten, tmp_path, monkeypatch):
     found = done.json["picard"]
     assert done.json == json.loads((tmp_path / "scenes-dit.json").read_text())
     assert found["predicted_speedup"] == pytest.approx(6 / (0.5 * found["predicted_sweeps"]))
-    assert (found["tolerance"], found["rows"]) == (0, 6)
+    assert (found["tolerance"], found["rows"], found["compiled"]) == (0, 6, True)
     assert found["sweeps"] <= 6 < found["evaluations"]
     # a call on four rows rounds as it likes
     assert found["psnr_to_plain_db"] is None or found["psnr_to_plain_db"] > 90
@@ -77,7 +83,7 @@ def test_two_processes_and_an_acceleration_make_the_same_pictures(hasten, tmp_pa
     assert done.code == 0
     quality = done.json["picard"]["psnr_to_plain_db"]
     assert quality is None or quality > 60
-    assert done.json["picard"]["processes"] == 2
+    assert (done.json["picard"]["processes"], done.json["picard"]["compiled"]) == (2, False)
     assert [process.returncode for process in started] == [0]
     assert "Traceback" not in (tmp_path / "said").read_text()
 
@@ -122,8 +128,17 @@ def test_a_solver_whose_sweeps_are_not_known_runs_where_it_is_forced(hasten, tmp
     assert quality is None or quality > 90
 
 
+def test_a_solver_that_clips_x0_asks_the_network_alone(hasten, tmp_path, monkeypatch):
+    monkeypatch.setattr(picard_build, "of_window", None)
+    words = ("--solver", "flow-euler:clip=1", "--picard", "window=1,exact=true,force=true", "--json")
+    done = hasten(*GENERATE, "-o", tmp_path, *words)
+    assert done.code == 0, done.err
+    found = done.json["picard"]
+    assert (found["compiled"], found["sweeps"], found["psnr_to_plain_db"]) == (False, 6, None)
+
+
 def test_a_solver_of_two_networks_is_refused_before_anything_is_built(hasten, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_picard, "_built", None)
+    monkeypatch.setattr(picard_build, "of_network", None)
     words = ("--solver", "stsp:order=1,spacing=leading,offset=1", "--picard", "window=4,force=true")
     done = hasten("generate", "scenes-unet", "-o", tmp_path, "--target", "onnxruntime:cpu", "--steps", 3, *words)
     assert (done.code, done.out) == (2, "")

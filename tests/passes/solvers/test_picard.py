@@ -13,7 +13,9 @@ from hasten.passes.solvers.catalog import build
 from hasten.passes.solvers.hooks import Clip
 from hasten.passes.solvers.picard import picard
 from hasten.passes.solvers.picard_gain import predicted_gain
+from hasten.passes.solvers.picard_loop import allowed_changes, settled, slide
 from hasten.passes.solvers.picard_rows import transport, unit_change
+from hasten.passes.solvers.picard_window import changes, padded, rows_from, seen_by_network, swept
 from hasten.passes.solvers.process import Process
 from hasten.passes.solvers.sample import sample
 from hasten.passes.solvers.table import one_latent
@@ -150,6 +152,53 @@ def test_numpy_and_torch_agree(solver):
     x = torch.from_numpy(x).double()
     exact = picard(wavy, table, x, window=4, tolerance=0).result
     torch.testing.assert_close(exact, sample(wavy, table, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limits", "kept"),
+    [
+        ([[0.0, 0.1], [0.2, 0.0], [9.0, 9.0]], [0.1, 0.2, np.inf], 3),  # the window's last may change as it likes
+        ([[0.0, 0.1], [0.2, 0.3], [0.0, 0.0]], [0.1, 0.2, np.inf], 2),  # the first that did not settle is kept
+        ([[0.2, 0.0], [0.0, 0.0], [0.0, 0.0]], [0.1, 0.2, np.inf], 1),
+        ([[0.1, 0.1], [np.nan, 0.0], [0.0, 0.0]], [0.1, 0.2, np.inf], 1),  # unless it is no number
+        ([[np.nan, 0.0], [0.0, 0.0]], [0.1, np.inf], 1),  # whose first is what the plain loop has too
+        ([[9.0, 9.0]], [np.inf], 1),
+    ],
+)
+def test_what_has_settled(sizes, limits, kept):
+    assert settled(np.array(sizes), limits) == kept
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.1])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_compiled_windows_arithmetic_is_that_of_the_sweeps(solver, tolerance):
+    """Here in numpy, in a window with room for one latent more, whose last rows are behind the table's end."""
+    table, window, x = table_of(solver, 12), 5, np.linspace(-0.5, 0.5, 12, dtype=np.float32).reshape(2, 6)
+    draws = np.random.default_rng(0).normal(size=(len(table.noisy), 2, 6)).astype(np.float32)
+    rows, noise = padded(table, window, table.width + 1), np.zeros((len(table) + window, 2, 6), np.float32)
+    noise[list(table.noisy)] = draws
+
+    def sweep(span, states):
+        here, held = rows_from(rows, span.start, window), np.stack([*states, *states[-1:] * 5])[: window + 1]
+        seen = seen_by_network(here, held)
+        said = wavy(seen[:-1].reshape(-1, 6), np.repeat(here.time, 2)[:, None]).reshape(seen[:-1].shape)
+        found = np.stack(swept(here, held, said, noise[span.start :][:window]))
+        for behind in found[len(span) :]:
+            np.testing.assert_allclose(behind, found[len(span) - 1], rtol=1e-5, atol=1e-6)
+        mean_squares, absolutes = changes(here, held, seen, found)
+        return list(found[: len(span)]), (mean_squares if tolerance else absolutes)[: len(span)], 1
+
+    first = np.stack([x * np.float32(table.init), *[x * 0] * table.width])
+    got = slide(sweep, table, first, window, allowed_changes(table, x, window, tolerance, None), 0)
+    expected = picard(wavy_rows, table, x, window=window, tolerance=tolerance, noise=draws)
+    assert got.result.dtype == np.float32
+    np.testing.assert_allclose(got.result, expected.result, rtol=2e-5, atol=2e-5)
+    if tolerance:  # at 0 the last bit decides
+        assert got[1:] == expected[1:]
+
+
+def wavy_rows(y, t):
+    return wavy(y, t[:, None])
 
 
 def test_the_network_sees_every_row_of_every_sample_with_its_own_time():
