@@ -99,7 +99,7 @@ def test_pairs_are_lattes_own_blocks() -> None:
     ("name", "threshold"),
     [
         ("flux", 0.3),
-        ("flux", 0.1),
+        pytest.param("flux", 0.1, marks=pytest.mark.slow),
         ("wan", 0.05),
         ("wan", 0.02),
         ("cogvideox", 0.2),

@@ -67,7 +67,7 @@ def call(run: hasten.CachedRun, *tensors: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("text", POLICIES)
+@pytest.mark.parametrize("text", [POLICIES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in POLICIES[1:])])
 @pytest.mark.parametrize("adapter", ["scenes-dit", pytest.param("scenes-video", marks=pytest.mark.slow)], indirect=True)
 def test_every_back_end_decides_and_draws_the_same(adapter: Adapter, text: str, tmp_path: Any) -> None:
     wanted, mask = eager(adapter, text)

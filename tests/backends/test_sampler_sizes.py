@@ -43,7 +43,7 @@ def built(
     scope="module",
     params=[
         ("onnxruntime:cpu", "batched"),
-        ("aoti:cpu", "batched"),
+        pytest.param(("aoti:cpu", "batched"), marks=pytest.mark.slow),
         pytest.param(("onnxruntime:cpu", "sequential"), marks=pytest.mark.slow),
         pytest.param(("aoti:cpu", "sequential"), marks=pytest.mark.slow),
     ],
@@ -166,20 +166,16 @@ def transformer(folder: Any, target: str, form: str, cache: str, pictures: int, 
     return hasten.sampler(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "form", "cache"),
     [
         ("onnxruntime:cpu", "batched", "first-block:threshold=0.2"),
-        *(
-            pytest.param("aoti:cpu", form, cache, marks=pytest.mark.slow)
-            for form, cache in (
-                ("none", "teacache:threshold=0.2,coefficients=1/0"),
-                ("batched", "first-block:threshold=0.2"),
-                ("sequential", "first-block:threshold=0.2"),
-                ("batched", "mask:bits=11010101,payload=taylor,order=2"),
-                ("none", MODULES),
-            )
-        ),
+        ("aoti:cpu", "none", "teacache:threshold=0.2,coefficients=1/0"),
+        ("aoti:cpu", "batched", "first-block:threshold=0.2"),
+        ("aoti:cpu", "sequential", "first-block:threshold=0.2"),
+        ("aoti:cpu", "batched", "mask:bits=11010101,payload=taylor,order=2"),
+        ("aoti:cpu", "none", MODULES),
     ],
 )
 def test_what_a_cache_keeps_has_the_sizes_of_what_is_given(target: str, form: str, cache: str, tmp_path: Any) -> None:

@@ -42,7 +42,7 @@ def built(folder: Path, target: str, policy: str, form: str, guided: str = "batc
     [
         ("onnxruntime:cpu", "value", "batched"),
         ("onnxruntime:cpu", "taylor", "sequential"),
-        ("aoti:cpu", "taylor", "batched"),
+        pytest.param("aoti:cpu", "taylor", "batched", marks=pytest.mark.slow),
     ],
 )
 def test_the_rows_one_behind_another_are_those_of_the_loop(

@@ -25,25 +25,31 @@ def test_registry_expects_what_the_architecture_has(name: str) -> None:
     assert expected["attention"] == wanted["attentions"]
 
 
-@pytest.mark.parametrize("processor", table.PROCESSORS)
-@pytest.mark.parametrize("name", table.MODELS)
+@pytest.mark.parametrize(
+    ("name", "processor"),
+    [
+        ("sd15-unet", "sdpa"),
+        ("sd15-unet", "classic"),
+        ("sd15-vae-decoder", "sdpa"),
+        ("sd15-vae-decoder", "classic"),
+        ("sdxl-unet", "sdpa"),
+    ],
+)
 def test_fx(name: str, processor: str) -> None:
     row = table.on_fx(registry.get(name, reduced=True, processor=processor), "")
     assert row.counts == row.expected
-    assert row.seconds < 10
 
 
 ONNX = [
-    ("sd15-vae-decoder", opset, processor, dynamic)
-    for opset in table.OPSETS
-    for processor in table.PROCESSORS
-    for dynamic in (False, True)
-] + [
+    ("sd15-vae-decoder", 18, "classic", True),
+    ("sd15-vae-decoder", 20, "sdpa", True),
+    ("sd15-vae-decoder", 22, "classic", False),
+    ("sd15-vae-decoder", 23, "sdpa", False),
     ("sd15-unet", 18, "sdpa", False),
     ("sd15-unet", 20, "classic", False),
     ("sd15-unet", 22, "sdpa", True),
-    ("sd15-unet", 23, "sdpa", False),
 ]
+"""Each opset, processor and kind of batch; `test_every_row_reduced` has them all together."""
 
 
 @pytest.mark.parametrize(("name", "opset", "processor", "dynamic"), ONNX)

@@ -19,6 +19,16 @@ INDUCTOR = ("AutoencoderTiny", "TemporalTransformer")
 """Compiled for real without ``-m slow`` as well."""
 NO_RULE = ("LTX2VideoDiffusionDecoderModel",)
 """All its attention is flex_attention, which takes half a minute in eager: with ``-m slow``."""
+LONG = (
+    "AnyFlowFARTransformer3D",
+    "AutoencoderKLCosmos",
+    "AutoencoderKLWan",
+    "LTX2Transformer",
+    "OmniGenTransformer",
+    "UNetSpatioTemporalConditionModel",
+    "WanAnimateTransformer3D",
+)
+"""The longest of those that have a sibling among the others: with ``-m slow``."""
 AS_INDUCTOR = ("ConsistencyDecoderVAE", "LTX2VideoDiffusionDecoderModel")
 """The first draws noise, which Inductor draws otherwise than eager; flex_attention of the second fails to compile."""
 WRONG_IF_STRICT = ("CogVideoXTransformer", "ConsisIDTransformer")
@@ -30,7 +40,7 @@ def test_every_configuration_is_here() -> None:
     assert CONFIGS.keys() >= {*table.CANNOT_CAPTURE, *INDUCTOR}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in NO_RULE else []) for n in CONFIGS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in (*NO_RULE, *LONG) else []) for n in CONFIGS])
 def test_rewritten(name: str) -> None:
     row = table.measure(name, CONFIGS[name])
     assert (row.verdict, row.reason) == ("ok", "")

@@ -347,6 +347,7 @@ def test_the_region_alone_is_in_the_branch() -> None:
     assert {v.name for v in then.value_info} <= {o for n in then.node for o in n.output}
 
 
+@pytest.mark.slow
 def test_a_bundled_transformer_with_a_symbolic_batch() -> None:
     adapter = get("scenes-dit")
     shapes = adapter.dynamic_shapes("batch")
