@@ -40,7 +40,9 @@ def test_every_configuration_is_here() -> None:
     assert CONFIGS.keys() >= {*table.CANNOT_CAPTURE, *INDUCTOR}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in (*NO_RULE, *LONG) else []) for n in CONFIGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in (*NO_RULE, *LONG) else []) for n in CONFIGS]
+)
 def test_rewritten(name: str) -> None:
     row = table.measure(name, CONFIGS[name])
     assert (row.verdict, row.reason) == ("ok", "")
