@@ -1,6 +1,6 @@
-"""What a step cache costs beside what it saves: reused steps, decisions and memory, on scenes-dit.
+"""What a step cache costs beside what it saves: reused steps, decisions and memory, on a bundled model.
 
-``python tests/tables/cache_costs.py``: for each policy the engine that ``hasten build --cache`` makes, and beside it
+``python tests/tables/cache_costs.py [--model NAME]``: for each policy the engine that ``hasten build --cache`` makes, and beside it
 the engine without a cache and the decision as an engine of its own, called in turns; times are medians, and a
 decision's is less that of an engine which adds one to a number. What a policy leaves in a reused step (the ends of the
 model, a probe's first blocks) is the part of the operations outside its region. Memory is the growth of the process
@@ -79,12 +79,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
-        self.adapter = replace(get("scenes-dit"), batch=args.batch)
+        self.adapter = replace(get(args.model), batch=args.batch)
         self.inputs: dict[str, torch.Tensor] = self.adapter.example_inputs()
 
     def engine(self, name: str, source: Any = None, **options: Any) -> hasten.Engine:
         """The model's, or that of ``source``; built once, then loaded."""
-        out = self.folder / f"costs-{self.args.target.replace(':', '-')}-{self.args.batch}-{name}"
+        target = self.args.target.replace(":", "-")
+        out = self.folder / f"costs-{self.adapter.name}-{target}-{self.args.batch}-{name}"
         if not out.exists():
             hasten.build(source or self.adapter, target=self.args.target, out=out, **options)
         threads = {"threads": self.args.threads} if self.args.target.startswith("onnxruntime") else {}
@@ -178,6 +179,7 @@ def row(bench: Bench, number: int, text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="scenes-dit")
     parser.add_argument("--target", default="onnxruntime:cpu")
     parser.add_argument("--batch", type=int, default=16, help="of the model, twice the pictures")
     parser.add_argument("--rounds", type=int, default=40)
