@@ -64,14 +64,16 @@ def errors(name: str, folder: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "scenes-video" else ()) for n in MODELS]
+)
 def test_same_outputs(name: str, tmp_path: Path) -> None:
     found = errors(name, tmp_path)
     assert len(found) == 6
     assert {way: error for way, error in found.items() if not error <= LIMIT} == {}
 
 
-@pytest.mark.parametrize("architecture", ["sm89", "sm120"])
+@pytest.mark.parametrize("architecture", ["sm89", pytest.param("sm120", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_tensorrt_rtx_engine(name: str, architecture: str, tmp_path: Path) -> None:
     """Built for real without a GPU, in float16: the form in which TensorRT-RTX fuses attention."""

@@ -1,11 +1,11 @@
 """What a step cache costs beside what it saves: reused steps, decisions and memory, on a bundled model.
 
-``python tests/tables/cache_costs.py [--model NAME]``: for each policy the engine that ``hasten build --cache`` makes, and beside it
-the engine without a cache and the decision as an engine of its own, called in turns; times are medians, and a
-decision's is less that of an engine which adds one to a number. What a policy leaves in a reused step (the ends of the
-model, a probe's first blocks) is the part of the operations outside its region. Memory is the growth of the process
-while many runs keep their state, a run, after the allocator has given back what is free, beside the bytes that the
-manifest predicts.
+``python tests/tables/cache_costs.py [--model NAME]``: for each policy the engine that ``hasten build --cache`` makes,
+and beside it the engine without a cache and the decision as an engine of its own, called in turns; times are medians,
+and a decision's is less that of an engine which adds one to a number. What a policy leaves in a reused step (the ends
+of the model, a probe's first blocks) is the part of the operations outside its region. Memory is the growth of the
+process while many runs keep their state, a run, after the allocator has given back what is free, beside the bytes that
+the manifest predicts.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ LONG = (
     "AutoencoderKLWan",
     "LTX2Transformer",
     "OmniGenTransformer",
+    "UNetMotionModel",
     "UNetSpatioTemporalConditionModel",
     "WanAnimateTransformer3D",
 )

@@ -24,6 +24,7 @@ def test_every_class_is_drawn(name):
     assert (images[:16] - images[16:]).abs().flatten(1).mean(1).min() > 0.02
 
 
+@pytest.mark.slow
 def test_clips_show_the_shape_the_colour_and_the_speed_asked_for():
     adapter = get("scenes-video")
     assert adapter.trained

@@ -231,7 +231,9 @@ def test_the_conditional_decides_and_computes_as_the_fx_graph_does(name: str) ->
     assert len(masks) == 2, "each threshold has a run of its own"
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "easycache" else ()) for n in POLICIES]
+)
 def test_straight_programs_do_as_the_conditional_does(name: str) -> None:
     case, policy, branched = conditional_of(name)
     cached = straight(case.copy(), case.cut, policy, static=False)

@@ -189,10 +189,10 @@ def blocks_of(name):
     return TINY[name][2] if name in TINY else {**BUNDLED, **REGISTERED}[name]
 
 
-QUICK = ("flux", "sd3", "cogvideox", "wan", "latte", "dit", *BUNDLED)
+QUICK = ("flux", "sd3", "cogvideox", "wan", "latte", "dit", "scenes-dit")
 CASES = [
     *[(n, "export") for n in QUICK],
-    *[pytest.param(n, "export", marks=pytest.mark.slow) for n in (*TINY, *REGISTERED) if n not in QUICK],
+    *[pytest.param(n, "export", marks=pytest.mark.slow) for n in (*TINY, *REGISTERED, *BUNDLED) if n not in QUICK],
     *[pytest.param(n, "dynamo", marks=[] if n in ("flux", "scenes-video") else pytest.mark.slow) for n in DYNAMO],
 ]
 

@@ -107,7 +107,10 @@ def test_the_operator_follows_the_selection():
     assert convolutions(128, 17) == [True]  # transposed
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "last",
+    [pytest.param(False, id="contiguous", marks=pytest.mark.slow), pytest.param(True, id="channels-last")],
+)
 def test_inductor_and_package_with_dynamic_sizes(last, tmp_path):
     class Module(torch.nn.Module):
         def __init__(self):
