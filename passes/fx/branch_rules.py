@@ -88,7 +88,7 @@ def _outputs(branches: list[fx.GraphModule], where: str) -> Iterator[Violation]:
 
 def _inner(node: fx.Node, path: str, view: FxView) -> Iterator[Violation]:
     where = f"{path}{node.name}"
-    if mutates(node, call_name(node)) and _root(node).op in ("placeholder", "get_attr"):
+    if mutates(node, call_name(node)) and memory_root(node).op in ("placeholder", "get_attr"):
         found = f"{node.target} writes in place to memory from outside"
         yield Violation(where, "in-place", found, "use the form that returns a new tensor")
     tags = getattr(node.target, "tags", ())
@@ -107,7 +107,7 @@ def _aliases(branch: fx.GraphModule, path: str) -> Iterator[Violation]:
     for i, node in enumerate(_returned(branch)):
         if not isinstance(node, fx.Node):
             continue
-        root = _root(node)
+        root = memory_root(node)
         if root.op in ("placeholder", "get_attr"):
             found = f"output {i} may be in the memory of {root.name}"
             yield Violation(f"{path}{node.name}", "alias", found, "clone it")
@@ -117,7 +117,7 @@ def _aliases(branch: fx.GraphModule, path: str) -> Iterator[Violation]:
         owners.setdefault(root, i)
 
 
-def _root(node: fx.Node) -> fx.Node:
+def memory_root(node: fx.Node) -> fx.Node:
     """The node whose memory a chain of views shows."""
     while node.op == "call_function" and node.args:
         source = node.args[0]

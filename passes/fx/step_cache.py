@@ -3,8 +3,8 @@
 `conditional` makes ``torch.cond`` of a decision that depends on the data. `straight` makes programs without a branch:
 ``compute``, ``reuse`` and, where the decision depends on data, ``decide``, for a caller who picks one a call. A
 program's inputs are the graph's own, then those of the state and the controls that it reads; its outputs are the
-graph's own, the state that it writes and, where it decides, the decision. What a branch forwards is cloned: no output
-shares an input's memory.
+graph's own, the state that it writes and, where it decides, the decision. What a branch forwards is cloned, and the
+state shares no memory with inputs and results, which are the caller's to write to.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from hasten.errors import HastenError
+from hasten.passes.fx.branch_rules import memory_root
 from hasten.passes.fx.call import mutates
 from hasten.passes.fx.flow import shares_memory
 from hasten.passes.fx.traced import inline
@@ -164,7 +165,7 @@ class _Writer:
     def decide(self) -> Program:
         self._copy_prologue()
         decided, compute = self._decide()
-        return self._close(decided, compute, results=False)
+        return self._close(decided, compute, whole=False)
 
     def compute(self) -> Program:
         # In the graph's own order: where modules are skipped one by one, what is inside reads what is behind others.
@@ -289,13 +290,22 @@ class _Writer:
         self.copies.update(zip((a for _, a in self.cut.pairs), after, strict=True))
         self._copy(self.later)
 
-    def _close(self, written: Mapping[str, fx.Node], compute: fx.Node | None, *, results: bool = True) -> Program:
+    def _close(self, written: Mapping[str, fx.Node], compute: fx.Node | None, *, whole: bool = True) -> Program:
         """Write the output node, drop what nothing reads, and name what came in and goes out beside the graph's own."""
-        own = _leaves(self.module.graph.find_nodes(op="output")[0].args[0]) if results else []
+        own = _leaves(self.module.graph.find_nodes(op="output")[0].args[0]) if whole else []
         following = {PREFIX + n: node for n, node in written.items() if node is not self.state.get(n)}
         if compute is not None:
             following[COMPUTED] = compute
-        self.graph.output((*(self.copies[n] for n in own), *following.values()))
+        # the caller may write to what it gives and gets, and the state stays
+        kept = set(self.state.values())
+        results = [_own(self.graph, n) if memory_root(n) in kept else n for n in (self.copies[n] for n in own)]
+        taken = {memory_root(node) for node in results}
+        for name, node in following.items():
+            root = memory_root(node)
+            if root in taken or root.op in ("placeholder", "get_attr"):
+                following[name] = _own(self.graph, node)
+            taken.add(root)
+        self.graph.output((*results, *following.values()))
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or mutates(n, call_name(n)))
         for node in (*self.state.values(), *self.control):
             if not node.users:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from hasten.backends.region import find_cut
 from hasten.errors import HastenError
 from hasten.passes.fx.step_cache import Cached, Cut, conditional, straight
 from hasten.passes.fx.traced import inline
@@ -233,3 +234,26 @@ def test_inlined_functions_may_not_make_tensors(captured: Any) -> None:
     x.meta["val"] = fake(module.graph.find_nodes(op="placeholder")[0])
     with pytest.raises(HastenError, match="made a tensor of its own"):
         inline(graph, lambda a: a + torch.tensor([1.0, 2.0]).sum(), x)
+
+
+@pytest.mark.parametrize("form", ["conditional", "straight"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "easycache:threshold=0.05",  # keeps the model's input
+        "mask:bits=101010101010,granularity=output,payload=value",  # keeps its output
+        "mask:bits=101010101010,granularity=output,payload=taylor",
+    ],
+)
+def test_state_is_memory_of_its_own(captured: Any, text: str, form: str) -> None:
+    _, module, inputs = captured
+    policy = parse(text)
+    cut = find_cut(module, policy, None).cut
+    static = policy.decision.mask(STEPS) is not None
+    cached = conditional(module, cut, policy) if form == "conditional" else straight(module, cut, policy, static=static)
+    state = start(cached)
+    for step, force in ((0, 1), (1, 1), (2, 0)):
+        name = "step" if "step" in cached.programs else "compute" if force else "reuse"
+        outputs, _ = call(cached, name, inputs, state, controls(policy, step, force))
+        owners = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs, *state.values())]
+        assert len(owners) == len(set(owners))
