@@ -24,8 +24,8 @@ SOLVERS = {
     "scenes-unet": ("ddim", "pndm", "dpm++2m-karras", "unipc", "heun:spacing=leading"),
     "scenes-dit": ("flow-euler", "dpm++2m-karras", "unipc", "heun"),
 }
-"""On its own grid Heun's last calls see hardly any noise on scenes-unet, and are ill-conditioned: a change of 1e-6 in what
-the network says is one of 1.6e-3 in the picture, in eager alone."""
+"""On its own grid Heun's last calls see hardly any noise on scenes-unet, and are ill-conditioned: a change of 1e-6 in
+what the network says is one of 1.6e-3 in the picture, in eager alone."""
 
 pytestmark = pytest.mark.slow
 
