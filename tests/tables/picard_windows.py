@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 import torch
+from loops import beyond
 
 import hasten
 from hasten.backends.picard_window import PicardWindow
@@ -102,9 +103,7 @@ def main() -> None:
 
 
 def _longer(one: Times, other: Times) -> str:
-    parts = Times(tuple(a / b for a, b in zip(one.seconds, other.seconds, strict=True)))
-    median, low, high = (100 * (q - 1) for q in (parts.median, parts.quantile(0.2), parts.quantile(0.8)))
-    return f"{median:.1f} % ({low:.1f} to {high:.1f})"
+    return beyond(Times(tuple(a / b for a, b in zip(one.seconds, other.seconds, strict=True))))
 
 
 if __name__ == "__main__":
