@@ -7,12 +7,11 @@ manifest.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.backends import build_checks
 from hasten.backends.choosing import Choosing
+from hasten.backends.collection import collection_off, let_go
 from hasten.backends.decoder import Decoder
 from hasten.backends.directory import WAIT_SECONDS, publish
 from hasten.backends.engine import Engine, load
@@ -202,7 +202,7 @@ class _Job:
         The source is taken out of ``origins``: what was made of it alone is let go before a builder wants the memory.
         """
         parts, assemble = self._parts(origins.pop(), folder)
-        _let_go()
+        let_go()
         return assemble({name: finish() for name, finish in parts.items()})
 
     def _parts(
@@ -407,6 +407,7 @@ class _Job:
         _merge(report, legalised)
         return looped(self._lower(model, _around(model, looping, dims), {}, report, folder, "model"), looping)
 
+    @collection_off()
     def _export(
         self, flat: FlatProgram, report: Report, looping: Looping | None, weights: Path | None
     ) -> onnx.ModelProto:
@@ -414,18 +415,20 @@ class _Job:
         from hasten.backends.optimize import optimize_onnx
         from hasten.passes.fx.to_onnx import onnx_from_graph
         from hasten.passes.onnx import winograd
+        from hasten.passes.onnx.detached import WeightsFile
 
         assert self.target.opset is not None
         self.tell("export", 0.3)
-        model = onnx_from_graph(flat.module, flat.example_inputs, self.target.opset, flat.dynamic_shapes, weights)
-        rename(model, [t.name for t in flat.inputs], [t.name for t in flat.outputs])
-        check_dynamic(flat.inputs, signature(model).inputs)
         options: dict[str, Any] = {"skip": self.rules["skip"], "choosing": self.choosing}
-        if str(self.target) == winograd.TARGET:
-            model, chosen = optimize_onnx(model, target=str(self.target), passes=winograd.NAME, **options)
-            _merge(report, chosen)
-        if looping is not None:
-            model = looping.around(model)
+        with WeightsFile(weights) if weights is not None else nullcontext() as file:
+            model = onnx_from_graph(flat.module, flat.example_inputs, self.target.opset, flat.dynamic_shapes, file)
+            rename(model, [t.name for t in flat.inputs], [t.name for t in flat.outputs])
+            check_dynamic(flat.inputs, signature(model).inputs)
+            if str(self.target) == winograd.TARGET:
+                model, chosen = optimize_onnx(model, target=str(self.target), passes=winograd.NAME, **options)
+                _merge(report, chosen)
+            if looping is not None:
+                model = looping.around(model)
         beside = weights.parent if weights is not None else None
         model, legalised = optimize_onnx(model, target=str(self.target), passes="legalise", weights=beside, **options)
         _merge(report, legalised)
@@ -515,16 +518,6 @@ def _around(
     found = signature(model)
     bounds = {name: b for name, b in looping.bounds(dims).items() if name in found.dims}
     return replace(found, constants=constants or {}, dims={**found.dims, **bounds})
-
-
-def _let_go() -> None:
-    """Give back the memory of what nothing holds any more: graphs and their modules hold each other."""
-    gc.collect()
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library than glibc, whose allocator keeps what was freed
-        return
-    trim(0)
 
 
 def memory(report: Report) -> str:

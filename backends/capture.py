@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hasten.backends.collection import collection_off
 from hasten.errors import HastenError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ WHAT_TO_DO = (
 )
 
 
+@collection_off()
 def capture(
     module: torch.nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.backends.choosing import Choosing
+from hasten.backends.collection import collection_off
 from hasten.backends.target import Target, parse_target, supports
 from hasten.errors import UsageError, VerificationError
 from hasten.passes import catalog, pipeline
@@ -23,6 +24,7 @@ VERIFY = ("structure", "sites", "model")
 random inputs. ``model``: and the whole result equals the original on the example inputs and on a second set."""
 
 
+@collection_off()
 def optimize(
     module: torch.nn.Module | torch.export.ExportedProgram,
     example_inputs: Sequence[Any] = (),

@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 from hasten.errors import HastenError
 from hasten.passes import ops as _ops  # noqa: F401  (registers torch.ops.hasten)
 from hasten.passes.fx.marked_branches import in_line
-from hasten.passes.onnx.detached import detach
+from hasten.passes.onnx.detached import WeightsFile
 from hasten.passes.onnx.marked_branches import gather
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def onnx_from_graph(
     example_inputs: Sequence[Tensor],
     opset: int | None,
     dynamic_shapes: Any = None,
-    weights: Path | None = None,
+    weights: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """Export ``module``, whose graph may hold ``torch.ops.hasten`` nodes, at ``opset`` (None: torch's default).
 
@@ -117,7 +116,7 @@ def onnx_from_graph(
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise HastenError(f"the graph cannot be written as ONNX at opset {opset}: {reason}") from error
     if weights is not None:
-        detach(program.model, weights)
+        weights.detach(program.model)
     model = gather(program.model_proto)
     for value in held:  # the optimiser's rules keep the node that they looked at last, and with it the whole graph
         value.const_value = None

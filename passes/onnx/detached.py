@@ -6,6 +6,8 @@ A model is written anew by every pass, and a proto of two gigabytes each time co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,52 @@ FROM = 1 << 14
 _PAGE = 4096
 
 
-def detach(model: ir.Model, file: Path) -> None:
-    """Write the large weights of ``model`` to ``file``, one after the other; the model then holds their places."""
-    with file.open("wb") as opened:
+class WeightsFile:
+    """The file ``path`` for the large weights of a model, written beside what is done with the model meanwhile.
+
+    Used as a context: its end is when the file is whole, or raises the `OSError` that it could not be written for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread = ThreadPoolExecutor(1, "weights")
+        self._written: Future[None] | None = None
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._thread.shutdown()
+        if kind is None and self._written is not None:
+            self._written.result()
+
+    def detach(self, model: ir.Model) -> None:
+        """Begin to write the large weights of ``model``, one after the other; the model holds their places at once."""
+        pieces: list[tuple[int, Any]] = []
+        end = 0
         for value in model.graph.initializers.values():
             tensor: Any = value.const_value
             if tensor is None or not tensor.dtype.is_floating_point() or math.prod(tensor.shape.numpy()) < FROM:
                 continue
-            opened.write(b"\0" * (-opened.tell() % _PAGE))  # runtimes map them into memory
-            offset = opened.tell()
-            opened.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
+            offset = end + -end % _PAGE  # runtimes map them into memory
+            pieces.append((offset, tensor))
+            end = offset + tensor.nbytes
             value.const_value = ir.ExternalTensor(
-                file.name,
+                self.path.name,
                 offset,
-                opened.tell() - offset,
+                tensor.nbytes,
                 tensor.dtype,
                 shape=ir.Shape(tensor.shape.numpy()),
                 name=value.name or "",
-                base_dir=file.parent,
+                base_dir=self.path.parent,
             )
+        self._written = self._thread.submit(self._write, pieces)
+
+    def _write(self, pieces: Sequence[tuple[int, Any]]) -> None:
+        with self.path.open("wb") as file:
+            for offset, tensor in pieces:
+                file.seek(offset)
+                file.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
 
 
 def attach_readers(graph: Any, folder: Path) -> None:

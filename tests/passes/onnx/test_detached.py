@@ -17,7 +17,7 @@ from hasten.backends.optimize import optimize_onnx
 from hasten.errors import UsageError
 from hasten.passes.fx.to_onnx import onnx_from_graph
 from hasten.passes.onnx import io
-from hasten.passes.onnx.detached import FROM
+from hasten.passes.onnx.detached import FROM, WeightsFile
 from hasten.passes.onnx.graph import OnnxGraph
 
 
@@ -40,7 +40,9 @@ def written(request: Any, tmp_path_factory: Any) -> tuple[onnx.ModelProto, onnx.
     )
     file = tmp_path_factory.mktemp("written") / "model.weights"
     given = [torch.ones(2, 128, dtype=dtype)]
-    return onnx_from_graph(graph, given, 22, weights=file), onnx_from_graph(graph, given, 22), file
+    with WeightsFile(file) as weights:
+        model = onnx_from_graph(graph, given, 22, weights=weights)
+    return model, onnx_from_graph(graph, given, 22), file
 
 
 @pytest.fixture
@@ -64,6 +66,25 @@ def test_only_large_weights_go_to_the_file(exported: Any) -> None:
     assert file.read_bytes() == held.raw_data
     assert len(model.SerializeToString()) < len(whole.SerializeToString()) - len(held.raw_data) + 1000
     assert io.weight_bytes(model) == io.weight_bytes(whole)
+
+
+def test_a_file_that_cannot_be_written_is_said_at_the_end(tmp_path: Path) -> None:
+    graph = torch.export.export(Layers().eval(), (torch.ones(2, 128),)).module(check_guards=False)
+    with pytest.raises(FileNotFoundError, match="missing"), WeightsFile(tmp_path / "missing" / "w") as weights:
+        onnx_from_graph(graph, [torch.ones(2, 128)], 22, weights=weights)
+
+
+def test_what_went_wrong_first_is_what_is_said(tmp_path: Path) -> None:
+    graph = torch.export.export(Layers().eval(), (torch.ones(2, 128),)).module(check_guards=False)
+    weights = WeightsFile(tmp_path / "missing" / "w")
+
+    def body() -> None:
+        with weights:
+            onnx_from_graph(graph, [torch.ones(2, 128)], 22, weights=weights)
+            raise KeyError("the body")
+
+    with pytest.raises(KeyError, match="the body"):
+        body()
 
 
 def test_passes_leave_them_there_and_the_file_that_is_written_finds_them(exported: Any) -> None:
