@@ -6,6 +6,7 @@ every call is checked against the manifest first, and nothing is ever cast or re
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,9 +143,8 @@ class Engine:
         self._check(arrays, {name: str(a.dtype) for name, a in arrays.items()})
         for spec in self.inputs:
             array = arrays[spec.name]
-            looked_at = self.check_inputs and spec.name not in self._carried
-            if looked_at and array.dtype.kind == "f" and not (array < np.inf).all():
-                raise self._not_finite(spec, int((~(array < np.inf)).sum()), array.size)
+            if array.dtype.kind == "f":
+                self._check_finite(spec, array)
 
     def _check_torch(self, tensors: dict[str, torch.Tensor]) -> None:
         device = self.target.device
@@ -153,9 +153,18 @@ class Engine:
             tensor = tensors[spec.name]
             if tensor.device.type != device:
                 raise self._unfit(spec, f"expected on {device}, found on {tensor.device}")
-            looked_at = self.check_inputs and spec.name not in self._carried
-            if looked_at and tensor.is_floating_point() and not bool((tensor < float("inf")).all()):
-                raise self._not_finite(spec, int((~(tensor < float("inf"))).sum()), tensor.numel())
+            if tensor.is_floating_point():
+                # torch's threads would look at a large tensor, and then spin on the processors that the engine wants
+                by_numpy = device == "cpu" and spec.dtype in ("float32", "float64")
+                self._check_finite(spec, tensor.numpy(force=True) if by_numpy else tensor)
+
+    def _check_finite(self, spec: TensorSpec, array: Any) -> None:
+        if not self.check_inputs or spec.name in self._carried:
+            return
+        below = array < np.inf
+        if not bool(below.all()):
+            found = f"{int((~below).sum())} of {math.prod(array.shape)} values are NaN or infinity"
+            raise self._unfit(spec, f"{found}; check_inputs=False lets them pass")
 
     def _check(self, arrays: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
         symbols: dict[str, int] = {}
@@ -207,9 +216,6 @@ class Engine:
     def _unfit(self, spec: TensorSpec, reason: str) -> UsageError:
         side = "input" if spec in self.inputs else "output"
         return UsageError(f"engine {self.path.name!r}, {side} {spec.name!r}: {reason}")
-
-    def _not_finite(self, spec: TensorSpec, count: int, size: int) -> UsageError:
-        return self._unfit(spec, f"{count} of {size} values are NaN or infinity; check_inputs=False lets them pass")
 
 
 def load(path: str | os.PathLike[str], *, check_inputs: bool = True, threads: int | None = None) -> Engine:

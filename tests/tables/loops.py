@@ -1,12 +1,13 @@
 """What a step of a sampler costs beside the network's own call: the loop in the engine, and a Python loop.
 
-    python tests/tables/loops.py [--models NAME ...] [--targets NAME ...] [--batches N ...] [--rounds N] [--engines DIR]
+    python tests/tables/loops.py [--models NAME ...] [--targets NAME ...] [--batches N ...] [--rounds N] [--threads N]
+        [--engines DIR]
 
-Three things take turns on one processor, 20 steps each: the engine of one step called 20 times with the same inputs,
-which is the network alone; a Python loop over that engine (`passes.solvers.sample`, guidance as a batch of twice the
-pictures); and the engine that holds the loop. Prints one row a case: how much longer than the network alone the two
-take, median of the rounds' ratios (20th to 80th percentile), after a check that both make the same latents. Engines are
-kept in DIR, and built only where they are missing.
+Three things take turns, 20 steps each: the engine of one step called 20 times with the same inputs, which is the
+network alone; a Python loop over that engine (`passes.solvers.sample`, guidance as a batch of twice the pictures); and
+the engine that holds the loop. All have as many threads as processors, one unless told. Prints one row a case: how much
+longer than the network alone the two take, median of the rounds' ratios (20th to 80th percentile), after a check that
+both make the same latents. Engines are kept in DIR, and built only where they are missing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from hasten.tools.timing import Times, take_turns
 STEPS, GUIDANCE = 20, 2.0
 
 
-def engines(folder: Path, model: str, target: str, pictures: int) -> tuple[Engine, Engine]:
+def engines(folder: Path, model: str, target: str, pictures: int, threads: int) -> tuple[Engine, Engine]:
     """The engine of one step and the one with the loop, for as many pictures."""
     adapter = dataclasses.replace(get(model), batch=2 * pictures)
     made = []
@@ -39,13 +40,16 @@ def engines(folder: Path, model: str, target: str, pictures: int) -> tuple[Engin
         out = folder / f"{model}-{target.partition(':')[0]}-{pictures}-{kind}"
         if not out.exists():
             hasten.build(adapter, target=target, out=out, sampling=sampling)
-        made.append(hasten.load(out))
+        # ONNX Runtime would place a thread on every processor, whatever this process is bound to
+        made.append(hasten.load(out, threads=threads if target.startswith("onnxruntime") else None))
     return made[0], made[1]
 
 
-def measure(folder: Path, model: str, target: str, pictures: int, rounds: int) -> tuple[Times, list[Times]]:
+def measure(
+    folder: Path, model: str, target: str, pictures: int, rounds: int, threads: int
+) -> tuple[Times, list[Times]]:
     """Seconds of a step of the network alone; and of both loops in parts of that, round by round."""
-    step, whole = engines(folder, model, target, pictures)
+    step, whole = engines(folder, model, target, pictures, threads)
     adapter = dataclasses.replace(get(model), batch=2 * pictures)
     labels = [(5 * i) % 16 for i in range(pictures)]
     inner = LoopDenoise(whole, adapter)
@@ -78,11 +82,12 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=["aoti:cpu", "onnxruntime:cpu"])
     parser.add_argument("--batches", nargs="*", type=int, default=[2, 8])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--engines", type=Path, default=Path("out/loops"))
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
+    torch.set_num_threads(given.threads)
     given.engines.mkdir(parents=True, exist_ok=True)
     print(
         "| model, target, pictures | network, ms | the loop in the engine | a Python loop over an engine of one step |"
@@ -92,7 +97,9 @@ def main() -> None:
         for model in given.models:
             for target in given.targets:
                 for pictures in given.batches:
-                    alone, (python, inner) = measure(given.engines, model, target, pictures, given.rounds)
+                    alone, (python, inner) = measure(
+                        given.engines, model, target, pictures, given.rounds, given.threads
+                    )
                     cells = (beyond(inner), beyond(python))
                     print(
                         f"| {model}, {target}, {pictures} | {1e3 * alone.median:.2f} | {' | '.join(cells)} |",
