@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hasten.backends import processors
+
 _MAX_THREADS = 8
 """Each of the builder's threads takes memory (60 MB in an SD1.5 loop), and the plan is the same with one or many."""
 
@@ -30,7 +32,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(log.logger)
     if builder is None:
         return {"error": f"the builder does not start: {log.last() or 'no reason given'}"}
-    builder.max_threads = min(_processors(), _MAX_THREADS)
+    builder.max_threads = min(processors.count(), _MAX_THREADS)
     # Networks are strongly typed, by default from TensorRT 11 on: precision is in the graph, never in a flag.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log.logger)
@@ -87,10 +89,6 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> boo
     if failed:
         raise failed[0]
     return bool(built)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _malformed(trt: Any, logger: Any, path: Path) -> bool | None:

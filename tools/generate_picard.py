@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.backends import processors
 from hasten.errors import UsageError
 from hasten.passes.steps.options import Option, Request, read_all
 from hasten.tools.console import Console, duration
@@ -103,7 +103,7 @@ def run(
         tolerance=options["tolerance"],
         acceleration=options["acceleration"],
         processes=processes,
-        threads=max(1, _cores() // processes),
+        threads=max(1, processors.count() // processes),
         compiled=compiled,
     )
     draw = Draw((len(labels), *adapter.inputs[0].shape[1:]), args.seed, None)
@@ -202,10 +202,6 @@ def _measured(call: Callable[[], object]) -> float:
     """Seconds of a call, the median of a few behind a first that warms up."""
     call()
     return take_turns([call], 5)[0].median
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(found: Mapping[str, Any]) -> list[str]:

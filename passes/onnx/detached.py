@@ -31,14 +31,14 @@ class WeightsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._thread = ThreadPoolExecutor(1, "weights")
+        self._pool = ThreadPoolExecutor(1, "weights")
         self._written: Future[None] | None = None
 
     def __enter__(self) -> WeightsFile:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        self._thread.shutdown()
+        self._pool.shutdown()
         if kind is None and self._written is not None:
             self._written.result()
 
@@ -62,7 +62,7 @@ class WeightsFile:
                 name=value.name or "",
                 base_dir=self.path.parent,
             )
-        self._written = self._thread.submit(self._write, pieces)
+        self._written = self._pool.submit(self._write, pieces)
 
     def _write(self, pieces: Sequence[tuple[int, Any]]) -> None:
         with self.path.open("wb") as file:
