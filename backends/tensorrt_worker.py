@@ -21,7 +21,7 @@ from typing import Any
 from hasten.backends import processors
 
 _MAX_THREADS = 8
-"""Each of the builder's threads takes memory (60 MB in an SD1.5 loop), and the plan is the same with one or many."""
+"""Each of the builder's threads takes memory (60 MB in an SD1.5 loop), and the plan is the same with one or two."""
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """A small net with everything that the backends must carry, and one compiled engine of it for all tests."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamo_block import Block
+from in_eager import clear
 from torch import nn
 
 from hasten.backends.build import build
@@ -56,3 +60,23 @@ def aoti_engine(tiny, examples, dynamic_shapes, tmp_path_factory):
     """Compiled once for the whole session: it takes ten seconds and more."""
     out = tmp_path_factory.mktemp("engines") / "tiny"
     return build(tiny, target="aoti:cpu", out=out, example_inputs=examples, dynamic_shapes=dynamic_shapes)
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def cleared_dynamo():
+    clear()
+
+
+@pytest.fixture(scope="module")
+def quiet_dynamo():
+    """Dynamo traces at level DEBUG, which pytest would gather for every failing test."""
+    logger = logging.getLogger("torch.__trace")
+    propagates, logger.propagate = logger.propagate, False
+    yield
+    logger.propagate = propagates

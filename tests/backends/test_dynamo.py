@@ -5,7 +5,6 @@ Inductor compiles for real where the test is about Inductor; elsewhere the rewri
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -22,25 +21,7 @@ from hasten.backends import dynamo
 from hasten.errors import ExpectationError, HastenError, UsageError
 from hasten.passes.rules import gelu as gelu_rule
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    clear()
-
-
-@pytest.fixture
-def block() -> nn.Module:
-    torch.manual_seed(0)
-    return Block().eval().requires_grad_(False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    """Dynamo traces at level DEBUG, which pytest would gather for every failing test."""
-    logger = logging.getLogger("torch.__trace")
-    propagates, logger.propagate = logger.propagate, False
-    yield
-    logger.propagate = propagates
+pytestmark = pytest.mark.usefixtures("cleared_dynamo", "quiet_dynamo")
 
 
 def refusal(function, kind: type[Exception], *args, options=None, mode=None) -> str:

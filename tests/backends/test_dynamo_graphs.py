@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamo_block import BLOCK_HITS, OTHER_TYPES_HITS, Block, X, draw, spelled_gelu
-from in_eager import BACKENDS, clear, hits, relative_error, rewritten, traced
+from dynamo_block import BLOCK_HITS, OTHER_TYPES_HITS, X, draw, spelled_gelu
+from in_eager import BACKENDS, hits, relative_error, rewritten, traced
 from torch import nn
 
 from hasten.backends import dynamo
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    clear()
-
-
-@pytest.fixture
-def block() -> nn.Module:
-    torch.manual_seed(0)
-    return Block().eval().requires_grad_(False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    """Dynamo traces at level DEBUG, which pytest would gather for every failing test."""
-    logger = logging.getLogger("torch.__trace")
-    propagates, logger.propagate = logger.propagate, False
-    yield
-    logger.propagate = propagates
+pytestmark = pytest.mark.usefixtures("cleared_dynamo", "quiet_dynamo")
 
 
 # Sizes that change
